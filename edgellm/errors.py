@@ -1,0 +1,184 @@
+"""Every error that edgellm raises on purpose, in one hierarchy.
+
+    EdgellmError
+    ├── RequestError          a client asked for something that cannot be done: answered on the wire
+    │   ├── BadRequest            bad_request
+    │   ├── TooLong               too_long
+    │   ├── NotFound              not_found
+    │   ├── Forbidden             forbidden
+    │   ├── Overloaded            overloaded
+    │   ├── Loading               loading
+    │   ├── ShuttingDown          shutting_down
+    │   ├── DeadlineExceeded      deadline_exceeded
+    │   ├── Cancelled             cancelled
+    │   └── InternalError         internal
+    └── OperatorError         whoever runs edgellm must change something: printed, then an exit code
+        ├── UsageError            64
+        ├── CheckpointError       65
+        ├── EngineError           66
+        ├── DownloadError         69
+        ├── BuildError            73
+        ├── ExecutorFault         70
+        ├── TemporaryShortage     75
+        └── ConfigError           78
+
+`code` is part of the wire protocol and never changes once released; `exit_code` follows sysexits(3), because
+systemd units match on it (`RestartPreventExitStatus=78`).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class EdgellmError(Exception):
+    """Base of all errors that edgellm raises on purpose; `str(error)` is a sentence for a person."""
+
+
+class RequestError(EdgellmError):
+    """A request that ends in an `error` message.
+
+    Args:
+        message: what is wrong and what would work.
+        field: the request field at fault, as a path such as `messages[0].role`, or None.
+        retry_after_ms: when trying again could succeed, or None when it could not.
+    """
+
+    code: ClassVar[str] = "internal"
+
+    def __init__(self, message: str, *, field: str | None = None, retry_after_ms: int | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+        self.retry_after_ms = retry_after_ms
+
+
+class BadRequest(RequestError):
+    """The message is not what docs/protocol.md describes."""
+
+    code = "bad_request"
+
+
+class TooLong(RequestError):
+    """Prompt and max_tokens together outgrow a slot, so the request could never finish."""
+
+    code = "too_long"
+
+
+class NotFound(RequestError):
+    """The id that a request refers to is not known on this connection."""
+
+    code = "not_found"
+
+
+class Forbidden(RequestError):
+    """The peer's uid or gid may not do this."""
+
+    code = "forbidden"
+
+
+class Overloaded(RequestError):
+    """The queue or the client's quota is full."""
+
+    code = "overloaded"
+
+
+class Loading(RequestError):
+    """The engine is still loading."""
+
+    code = "loading"
+
+
+class ShuttingDown(RequestError):
+    """The daemon drains and takes no new work."""
+
+    code = "shutting_down"
+
+
+class DeadlineExceeded(RequestError):
+    """The request's own deadline passed before it was done."""
+
+    code = "deadline_exceeded"
+
+
+class Cancelled(RequestError):
+    """The client cancelled the request."""
+
+    code = "cancelled"
+
+
+class InternalError(RequestError):
+    """Something failed inside the daemon; the log says what."""
+
+    code = "internal"
+
+
+REQUEST_ERRORS: dict[str, type[RequestError]] = {
+    kind.code: kind
+    for kind in (
+        BadRequest,
+        TooLong,
+        NotFound,
+        Forbidden,
+        Overloaded,
+        Loading,
+        ShuttingDown,
+        DeadlineExceeded,
+        Cancelled,
+        InternalError,
+    )
+}
+"""Wire code → exception class: how a client turns an `error` message back into an exception."""
+
+
+class OperatorError(EdgellmError):
+    """An error for whoever runs edgellm; the command line prints it and exits with `exit_code`."""
+
+    exit_code: ClassVar[int] = 70
+
+
+class UsageError(OperatorError):
+    """The command line makes no sense."""
+
+    exit_code = 64
+
+
+class CheckpointError(OperatorError):
+    """A checkpoint is damaged, or of a kind that edgellm does not read."""
+
+    exit_code = 65
+
+
+class EngineError(OperatorError):
+    """An engine directory is missing, damaged, or made for something else."""
+
+    exit_code = 66
+
+
+class DownloadError(OperatorError):
+    """A model could not be fetched."""
+
+    exit_code = 69
+
+
+class BuildError(OperatorError):
+    """An engine could not be written."""
+
+    exit_code = 73
+
+
+class ExecutorFault(OperatorError):
+    """The executor failed at run time: the daemon answers what is open, exits, and is started again."""
+
+    exit_code = 70
+
+
+class TemporaryShortage(OperatorError):
+    """Too little of something right now; trying again later can succeed (systemd restarts on 75)."""
+
+    exit_code = 75
+
+
+class ConfigError(OperatorError):
+    """A configuration that can never work (systemd does not restart on 78)."""
+
+    exit_code = 78

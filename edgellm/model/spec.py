@@ -1,0 +1,53 @@
+"""What a model is, apart from its weights: the numbers that config.json carries."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A decoder-only transformer. Names are TensorRT-LLM's `pretrained_config`.
+
+    Attributes:
+        architecture: Hugging Face's class name, e.g. `LlamaForCausalLM`.
+        vocab_size: rows of the embedding and width of the logits.
+        hidden_size: width of the residual stream.
+        num_hidden_layers: decoder blocks.
+        num_attention_heads: query heads.
+        num_key_value_heads: key/value heads; divides num_attention_heads.
+        head_size: width of a head; need not be hidden_size / heads.
+        intermediate_size: width inside the gated MLP.
+        norm_epsilon: added to the mean square in every RMSNorm.
+        max_position_embeddings: context the model was trained for.
+        rotary_base: theta of the rotary embedding.
+        qk_layernorm: RMSNorm on each query and key head before the rotary embedding (Qwen3).
+        attn_bias: q, k and v projections have biases (Qwen2).
+        tie_word_embeddings: the head is the embedding matrix.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_size: int
+    intermediate_size: int
+    norm_epsilon: float
+    max_position_embeddings: int
+    rotary_base: float = 10000.0
+    hidden_act: str = "silu"
+    position_embedding_type: str = "rope_gpt_neox"
+    qk_layernorm: bool = False
+    attn_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+
+    @property
+    def queries_per_key(self) -> int:
+        """Query heads that share a key/value head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    def kv_elements_per_token(self) -> int:
+        """Numbers that one token leaves in the caches of all layers: layers · 2 · kv_heads · head_size."""
+        return self.num_hidden_layers * 2 * self.num_key_value_heads * self.head_size

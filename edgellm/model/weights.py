@@ -1,0 +1,96 @@
+"""The canonical form of a weight matrix: what every checkpoint reader gives and every emitter takes.
+
+A weight is [N, K]: N out features, K in features, row-major. Group-wise quantized weights are
+    w[n, k] = scale[n, g] · q[n, k] + offset[n, g],   g = k // group,
+with the offset kept whole in float32 (or as an integer zero point, offset = −scale · zero), because its
+rounding to float16 is not exact. Arrays are made when asked for, so that a checkpoint streams through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """An unquantized weight.
+
+    Attributes:
+        name: its name in the checkpoint, for messages.
+        shape: (N, K), or (N,) for a norm or bias.
+        dtype: how the checkpoint stores it: `f16`, `bf16` or `f32`.
+        read: gives float32 [N, K]; exact for all three.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Literal["f16", "bf16", "f32"]
+    read: Callable[[], Float]
+
+    def dequantize(self) -> Float:
+        """The weight as float32 [N, K]."""
+        return self.read()
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """The arrays of a group-wise quantized weight.
+
+    Attributes:
+        q: uint8 [N, K] with values 0…15 (4 bit), or int8 [N, K] (8 bit).
+        scale: float32 [N, K / group]; the checkpoint's float16 scales, widened.
+        offset: float32 [N, K / group], or None where the layout has none (offset 0).
+        zero: uint8 [N, K / group] integer zero points, or None; never set together with offset.
+    """
+
+    q: NDArray[np.uint8] | NDArray[np.int8]
+    scale: Float
+    offset: Float | None = None
+    zero: NDArray[np.uint8] | None = None
+
+    def offsets(self) -> Float:
+        """The offset as float32 [N, K / group], whichever way it is stored."""
+        if self.offset is not None:
+            return self.offset
+        if self.zero is not None:
+            return -self.scale * self.zero
+        return np.zeros_like(self.scale)
+
+
+@dataclass(frozen=True, slots=True)
+class Grouped:
+    """A group-wise quantized weight.
+
+    Attributes:
+        name: its name in the checkpoint, for messages.
+        shape: (N, K).
+        bits: 4 or 8.
+        group: elements of K that share a scale; divides K.
+        asymmetric: whether there are offsets or zero points.
+        read: gives the arrays.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    bits: Literal[4, 8]
+    group: int
+    asymmetric: bool
+    read: Callable[[], Groups]
+
+    def dequantize(self) -> Float:
+        """The weight as float32 [N, K], by the formula at the top of this file."""
+        groups = self.read()
+        n, k = self.shape
+        q = groups.q.reshape(n, k // self.group, self.group).astype(np.float32)
+        w = q * groups.scale[..., None] + groups.offsets()[..., None]
+        return w.reshape(n, k)
+
+
+Weight = Dense | Grouped
