@@ -1,0 +1,62 @@
+"""`edgellm serve ENGINE`: the daemon."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "--endpoint": ("server.endpoint", {"metavar": "URL", "help": "socket to bind, ipc://…"}),
+    "--max-queue": ("server.max_queue", {"metavar": "N", "help": "requests that may wait for a slot"}),
+    "--max-batch-size": ("engine.max_batch_size", {"metavar": "N", "help": "slots (at most as built)"}),
+    "--max-seq-len": ("engine.max_seq_len", {"metavar": "N", "help": "tokens in a slot (at most as built)"}),
+    "--max-num-tokens": ("engine.max_num_tokens", {"metavar": "N", "help": "tokens fed in a step"}),
+    "--threads": ("engine.threads", {"metavar": "N", "help": "CPU threads that run the model"}),
+    "--kv-dtype": ("engine.kv_dtype", {"metavar": "TYPE", "help": "element type of the KV cache"}),
+    "--max-step-ms": ("scheduler.max_step_ms", {"metavar": "MS", "help": "bound on a step's time"}),
+    "--drain-timeout": ("scheduler.drain_timeout_s", {"metavar": "S", "help": "grace on SIGTERM"}),
+    "--log-level": ("log.level", {"metavar": "LEVEL", "help": "debug, info, warning or error"}),
+}
+"""Flag → the configuration key that it sets, and how argparse shows it. The configuration validates."""
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to the command line."""
+    parser = subparsers.add_parser("serve", help="serve an engine over a local ZeroMQ socket")
+    parser.add_argument("engine", nargs="?", metavar="ENGINE", help="engine directory (or engine.path)")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file")
+    for flag, (key, options) in FLAGS.items():
+        parser.add_argument(flag, dest=key, **options)
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any configuration key, section.key"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the daemon until it is told to stop."""
+    from edgellm.config import load_config
+    from edgellm.daemon import Daemon
+
+    config = load_config(args.config, flags=_flags(args))
+    logging.basicConfig(
+        level=config.log.level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    return Daemon(config).run()
+
+
+def _flags(args: argparse.Namespace) -> dict[str, Any]:
+    from edgellm.errors import UsageError
+
+    flags: dict[str, Any] = {}
+    for assignment in args.set:
+        key, equals, value = assignment.partition("=")
+        if not equals:
+            raise UsageError(f"--set {assignment}: write KEY=VALUE, as in --set server.max_queue=8")
+        flags[key] = value
+    named = {"engine.path": args.engine, **{key: getattr(args, key) for key, _ in FLAGS.values()}}
+    flags.update({key: value for key, value in named.items() if value is not None})
+    return flags

@@ -1,0 +1,37 @@
+"""How many tokens fit into a step of bounded time."""
+
+from __future__ import annotations
+
+FIRST_GUESS = 64
+"""Tokens fed before anything was measured: some 0.2 s on the slowest machine the project was tried on."""
+
+SMALLEST = 16
+"""Never fewer tokens than this: below it a step's fixed cost is most of it, and a prompt would crawl."""
+
+
+class Pace:
+    """Turns `max_step_ms` into a token budget, by what recent prefill steps took.
+
+    A step costs about (fixed + tokens × cost). The estimate divides the whole step by its tokens, which
+    charges the fixed part to the tokens as well: it errs towards steps that are too short.
+    """
+
+    def __init__(self, max_step_s: float, max_num_tokens: int) -> None:
+        self._max_step_s = max_step_s
+        self._max_num_tokens = max_num_tokens
+        self._seconds_per_token: float | None = None
+
+    def budget(self) -> int:
+        """Tokens to feed in the next step, SMALLEST…max_num_tokens."""
+        if self._seconds_per_token is None:
+            return min(FIRST_GUESS, self._max_num_tokens)
+        fitting = int(self._max_step_s / self._seconds_per_token)
+        return min(max(fitting, SMALLEST), self._max_num_tokens)
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        """Take note of a step that fed `tokens` in `seconds`; steps without much prefill say nothing."""
+        if tokens < SMALLEST or seconds <= 0:
+            return
+        cost = seconds / tokens
+        known = self._seconds_per_token
+        self._seconds_per_token = cost if known is None else 0.7 * known + 0.3 * cost
