@@ -1,0 +1,76 @@
+"""Configuration: the order of sources, and errors that name source, key and what would work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edgellm.config import Config, load_config
+from edgellm.errors import ConfigError
+
+
+def _file(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "edgellm.toml"
+    path.write_text(text)
+    return path
+
+
+def test_without_sources_everything_is_default() -> None:
+    assert load_config(environment={}) == Config()
+
+
+def test_environment_beats_file_and_flags_beat_both(tmp_path: Path) -> None:
+    file = _file(tmp_path, "[server]\nmax_queue = 1\nmax_message_bytes = 4096\n[engine]\nthreads = 1\n")
+    environment = {"EDGELLM_SERVER_MAX_QUEUE": "2", "EDGELLM_ENGINE_THREADS": "2"}
+    config = load_config(file, environment, {"engine.threads": "3", "engine.path": None})
+    assert config.engine.threads == 3
+    assert config.server.max_queue == 2
+    assert config.server.max_message_bytes == 4096
+    assert config.engine.path is None
+
+
+def test_other_variables_of_the_prefix_are_left_alone() -> None:
+    environment = {"EDGELLM_CACHE": "/c", "EDGELLM_ENDPOINT": "ipc:///x", "PATH": "/bin"}
+    assert load_config(environment=environment) == Config()
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("[server]\nmax_quque = 1\n", ["server.max_quque", "did you mean server.max_queue?"]),
+        ("[sever]\n", ["[sever]", "did you mean [server]?"]),
+        ("server = 3\n", ["server is a section"]),
+        ("[engine]\nthreads = -1\n", ["engine.threads", ">= 0"]),
+        ("[engine]\nthreads = 'many'\n", ["engine.threads", "int"]),
+        ("[engine\n", ["is not TOML"]),
+        ("[log]\nlevel = 'loud'\n", ["log.level", "loud"]),
+    ],
+)
+def test_a_bad_file_is_named_with_the_key(tmp_path: Path, text: str, parts: list[str]) -> None:
+    file = _file(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, {})
+    for part in [str(file), *parts]:
+        assert part in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "none.toml", {})
+
+
+def test_a_bad_variable_is_named_as_it_was_written() -> None:
+    with pytest.raises(
+        ConfigError, match=r"EDGELLM_SERVER_MAX_QUEU.*did you mean EDGELLM_SERVER_MAX_QUEUE\?"
+    ):
+        load_config(environment={"EDGELLM_SERVER_MAX_QUEU": "1"})
+    with pytest.raises(ConfigError, match=r"EDGELLM_ENGINE_THREADS: engine.threads: Expected `int`"):
+        load_config(environment={"EDGELLM_ENGINE_THREADS": "two"})
+
+
+def test_a_bad_flag_is_named() -> None:
+    with pytest.raises(
+        ConfigError, match=r"command line: there is no key engine.thread; did you mean engine.threads"
+    ):
+        load_config(environment={}, flags={"engine.thread": "1"})
