@@ -7,6 +7,8 @@ Who owns what:
 A step is a list of rows. A row feeds `tokens` into `slot` after its first `past` tokens, and wants nothing
 (a prefill chunk that is not the last), a sampled token, or the logits. Rows may be of any length, mixed; each
 slot appears at most once. `past` may be smaller than what the slot holds: what lies beyond is overwritten.
+While steps are open, `bind` and `copy_prefix` never aim at a slot that has a row in one of them, and a prefix
+is only copied from what collected steps have written; copies come before binds, and both before the step.
 Sampling depends on (logits, SamplingParams, index of the token) alone, never on batch or order.
 """
 
