@@ -1,0 +1,308 @@
+"""A model in a GGUF file: which keys and tensors make which architecture. So far: `llama`.
+
+Keys and tensor names are those of llama.cpp's gguf-py (constants.py). What this file does not know it refuses
+by name: a scaling key that was silently ignored would be a model that answers a little worse.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, Literal
+
+from edgellm.checkpoint.gguf import GgufFile
+from edgellm.checkpoint.gguf_layouts import weight
+from edgellm.errors import CheckpointError
+from edgellm.model.quantization import Quantization
+from edgellm.model.spec import ModelSpec
+from edgellm.model.weights import Grouped, Weight
+from edgellm.text.bpe import CONTROL, BpeVocabulary
+
+ARCHITECTURES: Final = {"llama": "LlamaForCausalLM"}
+"""`general.architecture` → Hugging Face's class name."""
+
+_TOP: Final = {
+    "embed_tokens": "token_embd.weight",
+    "norm": "output_norm.weight",
+    "lm_head": "output.weight",
+}
+_LAYER: Final = {
+    "input_layernorm": "attn_norm.weight",
+    "self_attn.q_proj": "attn_q.weight",
+    "self_attn.k_proj": "attn_k.weight",
+    "self_attn.v_proj": "attn_v.weight",
+    "self_attn.o_proj": "attn_output.weight",
+    "self_attn.q_proj.bias": "attn_q.bias",
+    "self_attn.k_proj.bias": "attn_k.bias",
+    "self_attn.v_proj.bias": "attn_v.bias",
+    "post_attention_layernorm": "ffn_norm.weight",
+    "mlp.gate_proj": "ffn_gate.weight",
+    "mlp.up_proj": "ffn_up.weight",
+    "mlp.down_proj": "ffn_down.weight",
+}
+_OPTIONAL: Final = frozenset({"lm_head"} | {f"self_attn.{part}_proj.bias" for part in "qkv"})
+
+_NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
+    "rope.scaling.type": ("none",),
+    "rope.scaling.factor": (0.0, 1.0),
+    "rope.scale_linear": (0.0, 1.0),
+    "rope.scaling.attn_factor": (0.0, 1.0),
+    "expert_count": (0,),
+    "attention.sliding_window": (0,),
+    "attention.scale": (0.0,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attention.causal": (True,),
+    "logit_scale": (0.0, 1.0),
+    "embedding_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "use_parallel_residual": (False,),
+}
+"""Keys that change the arithmetic in ways edgellm does not do, with the values that change nothing."""
+
+END_OF_ANSWER: Final = frozenset(
+    {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>"}
+)
+"""Control tokens that end an answer, whether or not the file's keys name them: a subset of llama.cpp's list
+(llama-vocab.cpp, special_eog_ids). Many files give one of two."""
+
+
+class GgufCheckpoint:
+    """See `Checkpoint`; opening checks that every tensor of the architecture is there and has its shape.
+
+    Raises:
+        CheckpointError: the file is damaged, incomplete, or of an architecture, tensor type or scaling that
+            edgellm does not support; the message names it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = GgufFile(path)
+        self.spec = _spec(self.file)
+        self.name = path.stem
+        self._names = dict(_names(self.spec.num_hidden_layers))
+        self._check_tensors()
+        self._vocabulary = _vocabulary(self.file, self.spec)
+        self.chat_template = self.file.string("tokenizer.chat_template", "") or None
+        self.bos_id = self._special("bos")
+        self.add_bos = self.bos_id is not None and self._vocabulary.add_bos
+        self.eos_ids = self._eos_ids()
+        self.bos_token = "" if self.bos_id is None else self._vocabulary.tokens[self.bos_id]
+        eos = self._special("eos")
+        self.eos_token = "" if eos is None else self._vocabulary.tokens[eos]
+
+    @property
+    def quantization(self) -> Quantization:
+        """How most linear weights are stored, by bytes; `exclude_modules` names the others."""
+        kinds = {name: self._kind(name) for name in self._names if self.has(name) and self._is_matrix(name)}
+        sizes: Counter[tuple[int, bool]] = Counter()
+        for name, kind in kinds.items():
+            if name not in _TOP:
+                sizes[kind] += self.file.tensors[self._names[name]].size
+        main = sizes.most_common(1)[0][0]
+        bits, asymmetric = main
+        algorithms: dict[int, Literal["W4A16", "W8A16", "NO_QUANT"]] = {
+            4: "W4A16",
+            8: "W8A16",
+            16: "NO_QUANT",
+        }
+        return Quantization(
+            quant_algo=algorithms[bits],
+            group_size=0 if bits == 16 else 32,
+            has_zero_point=asymmetric,
+            exclude_modules=tuple(name for name, kind in kinds.items() if kind != main),
+        )
+
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor of this canonical name."""
+        return self._names.get(name) in self.file.tensors
+
+    def tensor(self, name: str) -> Weight:
+        """The tensor of this canonical name; its bytes are read by its `read()`."""
+        if not self.has(name):
+            raise CheckpointError(f"{self.path} has no tensor for {name}")
+        heads = None
+        if ".self_attn.q_proj" in name:
+            heads = self.spec.num_attention_heads
+        elif ".self_attn.k_proj" in name:
+            heads = self.spec.num_key_value_heads
+        return weight(self.file, self.file.tensors[self._names[name]], rotary_heads=heads)
+
+    def tokenizer_json(self) -> bytes:
+        """The tokenizer in the format of Hugging Face's `tokenizers`, UTF-8."""
+        return self._vocabulary.tokenizer_json()
+
+    def _is_matrix(self, name: str) -> bool:
+        return len(self.file.tensors[self._names[name]].shape) == 2
+
+    def _kind(self, name: str) -> tuple[int, bool]:
+        tensor = self.tensor(name)
+        return (tensor.bits, tensor.asymmetric) if isinstance(tensor, Grouped) else (16, False)
+
+    def _check_tensors(self) -> None:
+        if "rope_freqs.weight" in self.file.tensors:
+            raise CheckpointError(
+                f"{self.path} scales its rotary frequencies (tensor rope_freqs.weight, as Llama 3.1 does); "
+                "edgellm does not support that"
+            )
+        known = {gguf: canonical for canonical, gguf in self._names.items()}
+        for gguf in self.file.tensors:
+            if gguf not in known:
+                raise CheckpointError(
+                    f"{self.path} has tensor {gguf}, which edgellm's llama architecture lacks"
+                )
+        for canonical, gguf in self._names.items():
+            info = self.file.tensors.get(gguf)
+            if info is None:
+                if self._required(canonical):
+                    raise CheckpointError(f"{self.path} has no tensor {gguf}")
+            elif info.shape != (shape := _shape(self.spec, canonical)):
+                raise CheckpointError(
+                    f"{self.path}: tensor {gguf} has shape {info.shape}, its keys say {shape}"
+                )
+
+    def _required(self, canonical: str) -> bool:
+        part = canonical.split(".", 2)[-1]
+        return part not in _OPTIONAL or (part.endswith(".bias") and self.spec.attn_bias)
+
+    def _special(self, role: str) -> int | None:
+        key = f"tokenizer.ggml.{role}_token_id"
+        if key not in self.file.values:
+            return None
+        token = self.file.integer(key)
+        if token >= self.spec.vocab_size:
+            raise CheckpointError(
+                f"{self.path}: {key} is {token}, but there are {self.spec.vocab_size} tokens"
+            )
+        return token
+
+    def _eos_ids(self) -> tuple[int, ...]:
+        named = {self._special(role) for role in ("eos", "eot", "eom")} - {None}
+        vocabulary = self._vocabulary
+        known = {
+            token
+            for token, kind in enumerate(vocabulary.types)
+            if kind == CONTROL and vocabulary.tokens[token] in END_OF_ANSWER
+        }
+        eos_ids = tuple(sorted(token for token in named | known if token is not None))
+        if not eos_ids:
+            raise CheckpointError(
+                f"{self.path} has no key tokenizer.ggml.eos_token_id: nothing would end an answer"
+            )
+        return eos_ids
+
+
+def _spec(file: GgufFile) -> ModelSpec:
+    architecture = file.string("general.architecture")
+    if architecture not in ARCHITECTURES:
+        supported = ", ".join(ARCHITECTURES)
+        raise CheckpointError(
+            f"{file.path} has general.architecture {architecture}; edgellm reads {supported}"
+        )
+    for suffix, neutral in _NEUTRAL.items():
+        key = f"{architecture}.{suffix}"
+        value = file.values.get(key)
+        if value is not None and not any(value is one or value == one for one in neutral):
+            raise CheckpointError(f"{file.path} has {key} = {value}, which edgellm does not support")
+
+    def integer(suffix: str, default: int | None = None) -> int:
+        return file.integer(f"{architecture}.{suffix}", default, minimum=1)
+
+    hidden, heads = integer("embedding_length"), integer("attention.head_count")
+    kv_heads = integer("attention.head_count_kv", heads)
+    if heads % kv_heads:
+        raise CheckpointError(
+            f"{file.path} has {heads} heads (attention.head_count), no multiple of {kv_heads} key/value heads"
+        )
+    if f"{architecture}.attention.key_length" not in file.values and hidden % heads:
+        raise CheckpointError(f"{file.path} has {heads} heads, which do not divide embedding_length {hidden}")
+    head = integer("attention.key_length", hidden // heads)
+    if (value_head := integer("attention.value_length", head)) != head:
+        raise CheckpointError(
+            f"{file.path} has {architecture}.attention.value_length {value_head}, key_length {head}; "
+            "edgellm wants them equal"
+        )
+    rotary = integer("rope.dimension_count", head)
+    if head % 2 or rotary != head:
+        raise CheckpointError(
+            f"{file.path} has {architecture}.rope.dimension_count {rotary} for heads of {head}; "
+            "edgellm rotates whole heads of even width"
+        )
+    epsilon = file.real(f"{architecture}.attention.layer_norm_rms_epsilon")
+    base = file.real(f"{architecture}.rope.freq_base", 10000.0)
+    for key, number in (("attention.layer_norm_rms_epsilon", epsilon), ("rope.freq_base", base)):
+        if number <= 0:
+            raise CheckpointError(f"{file.path}: {architecture}.{key} is {number}, which should be positive")
+    return ModelSpec(
+        architecture=ARCHITECTURES[architecture],
+        vocab_size=len(file.strings("tokenizer.ggml.tokens")),
+        hidden_size=hidden,
+        num_hidden_layers=integer("block_count"),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_size=head,
+        intermediate_size=integer("feed_forward_length"),
+        norm_epsilon=epsilon,
+        max_position_embeddings=integer("context_length"),
+        rotary_base=base,
+        attn_bias="blk.0.attn_q.bias" in file.tensors,
+        tie_word_embeddings=_TOP["lm_head"] not in file.tensors,
+    )
+
+
+def _names(layers: int) -> Iterator[tuple[str, str]]:
+    """(canonical, GGUF) names in the order in which a model uses them."""
+    yield "embed_tokens", _TOP["embed_tokens"]
+    for layer in range(layers):
+        for canonical, gguf in _LAYER.items():
+            yield f"layers.{layer}.{canonical}", f"blk.{layer}.{gguf}"
+    yield "norm", _TOP["norm"]
+    yield "lm_head", _TOP["lm_head"]
+
+
+def _shape(spec: ModelSpec, canonical: str) -> tuple[int, ...]:
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    queries = spec.num_attention_heads * spec.head_size
+    keys = spec.num_key_value_heads * spec.head_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed_tokens": (spec.vocab_size, hidden),
+        "norm": (hidden,),
+        "lm_head": (spec.vocab_size, hidden),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "self_attn.q_proj.bias": (queries,),
+        "self_attn.k_proj.bias": (keys,),
+        "self_attn.v_proj.bias": (keys,),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    return shapes[canonical.split(".", 2)[-1]]
+
+
+def _vocabulary(file: GgufFile, spec: ModelSpec) -> BpeVocabulary:
+    model = file.string("tokenizer.ggml.model")
+    if model != "gpt2":
+        raise CheckpointError(
+            f"{file.path} has tokenizer.ggml.model {model}; edgellm reads gpt2 (byte-level BPE)"
+        )
+    types = file.integers("tokenizer.ggml.token_type")
+    if len(types) != spec.vocab_size:
+        raise CheckpointError(
+            f"{file.path}: tokenizer.ggml.token_type has {len(types)} entries for {spec.vocab_size} tokens"
+        )
+    pre = file.string("tokenizer.ggml.pre")
+    return BpeVocabulary(
+        source=file.path,
+        tokens=file.strings("tokenizer.ggml.tokens"),
+        types=types,
+        merges=file.strings("tokenizer.ggml.merges"),
+        pre=pre,
+        # llama.cpp's default where the key is absent.
+        add_bos=file.boolean("tokenizer.ggml.add_bos_token", pre == "llama-bpe"),
+    )

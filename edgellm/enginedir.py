@@ -1,0 +1,413 @@
+"""The engine directory: what `edgellm build` writes and everything else opens.
+
+    config.json             TensorRT-LLM's version, pretrained_config and build_config, plus our own section
+    model.onnx, …           the network, by executor
+    tokenizer.json          Hugging Face's tokenizers
+    tokenizer_config.json   the special tokens' text, for the chat template
+    chat_template.jinja     absent if the checkpoint has none
+    generation_config.json  Hugging Face's: bos and eos ids
+
+Every file's size and SHA-256 is in config.json, and config.json holds its own: the SHA-256 of its bytes with
+the 64 digits of that very field set to 0. A directory without a config.json is no engine; it is written last.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import msgspec
+
+from edgellm.errors import BuildError, EngineError
+from edgellm.executor.base import Progress
+from edgellm.model.quantization import Quantization
+from edgellm.model.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from edgellm.text.chat import ChatTemplate
+    from edgellm.text.tokenizer import Tokenizer
+
+FORMAT_VERSION: Final = 1
+CONFIG: Final = "config.json"
+TOKENIZER: Final = "tokenizer.json"
+TOKENIZER_CONFIG: Final = "tokenizer_config.json"
+CHAT_TEMPLATE: Final = "chat_template.jinja"
+GENERATION_CONFIG: Final = "generation_config.json"
+
+_CHUNK_BYTES: Final = 1 << 20
+_UNSEALED: Final = "0" * 64
+_SEAL: Final = re.compile(rb'("config_sha256": ")([0-9a-f]{64})(")')
+
+
+class Mapping(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """TensorRT-LLM's parallel mapping; edgellm runs on one device."""
+
+    world_size: int = 1
+    tp_size: int = 1
+    pp_size: int = 1
+
+
+class PretrainedConfig(ModelSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The model: ModelSpec's fields and how the checkpoint stores it.
+
+    Attributes:
+        dtype: of the activations between the linear layers.
+        logits_dtype: of the logits.
+        rotary_scaling: always None so far.
+    """
+
+    dtype: str = "float32"
+    logits_dtype: str = "float32"
+    rotary_scaling: None = None
+    mapping: Mapping = Mapping()
+    quantization: Quantization = Quantization()
+
+    def spec(self) -> ModelSpec:
+        """The ModelSpec inside."""
+        return ModelSpec(**{name: getattr(self, name) for name in ModelSpec.__struct_fields__})
+
+
+class BuildConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an engine was built for. Names and meanings are TensorRT-LLM's.
+
+    Attributes:
+        max_input_len: tokens of a prompt.
+        max_seq_len: tokens of prompt and answer together.
+        max_batch_size: requests that run at the same time.
+        max_num_tokens: tokens that one step may feed, all requests together.
+        opt_batch_size, opt_num_tokens: the sizes to be fastest at.
+        kv_cache_type: `continuous`: each request has a slot of max_seq_len tokens.
+        strongly_typed: types in the network are kept as written.
+    """
+
+    max_input_len: int
+    max_seq_len: int
+    max_batch_size: int
+    max_num_tokens: int
+    opt_batch_size: int
+    opt_num_tokens: int
+    kv_cache_type: Literal["continuous"] = "continuous"
+    strongly_typed: bool = True
+
+
+class FileRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A file of the engine: its SHA-256 in hex and its size in bytes."""
+
+    sha256: str
+    bytes: int
+
+
+class EdgellmSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What TensorRT-LLM's config.json has no place for.
+
+    Attributes:
+        format_version: of this directory's layout; another one is refused.
+        executor: which executor runs it.
+        executor_version: of the library that the network was written for, or None.
+        compute: `int8` (weights as stored, activations quantized on the fly) or `fp32` (the reference).
+        model_name: what to call the model.
+        bos_id: the token that opens a text, or None.
+        add_bos: whether a plain text prompt starts with bos_id.
+        eos_ids: the tokens that end an answer.
+        files: every other file, by name.
+        config_sha256: of config.json itself; see the top of this file.
+    """
+
+    format_version: int
+    executor: Literal["cpu"]
+    executor_version: str | None = None
+    compute: Literal["int8", "fp32"]
+    model_name: str
+    bos_id: int | None
+    add_bos: bool
+    eos_ids: tuple[int, ...]
+    files: dict[str, FileRecord] = {}
+    config_sha256: str = _UNSEALED
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """config.json. `version` is edgellm's, where TensorRT-LLM has its own."""
+
+    version: str
+    pretrained_config: PretrainedConfig
+    build_config: BuildConfig
+    edgellm: EdgellmSection
+
+
+@dataclass(frozen=True, slots=True)
+class EngineDir:
+    """An engine directory that `open_engine` found in order."""
+
+    path: Path
+    config: EngineConfig
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's numbers."""
+        return self.config.pretrained_config.spec()
+
+    @property
+    def build(self) -> BuildConfig:
+        """What it was built for."""
+        return self.config.build_config
+
+    @property
+    def compute(self) -> Literal["int8", "fp32"]:
+        """How the linear layers compute."""
+        return self.config.edgellm.compute
+
+    @property
+    def model_name(self) -> str:
+        """What to call the model."""
+        return self.config.edgellm.model_name
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer."""
+        return self.config.edgellm.eos_ids
+
+    @property
+    def bos_id(self) -> int | None:
+        """The token that opens a text, or None."""
+        return self.config.edgellm.bos_id
+
+    def tokenizer(self) -> Tokenizer:
+        """Load the tokenizer.
+
+        Raises:
+            EngineError: tokenizer.json is damaged.
+        """
+        from edgellm.text.tokenizer import Tokenizer
+
+        return Tokenizer.from_file(self.path / TOKENIZER, bos_id=self.bos_id if self._ours.add_bos else None)
+
+    def chat_template(self) -> ChatTemplate | None:
+        """Compile the chat template; None if the model has none.
+
+        Raises:
+            EngineError: chat_template.jinja or tokenizer_config.json is damaged.
+        """
+        from edgellm.text.chat import ChatTemplate
+
+        if CHAT_TEMPLATE not in self._ours.files:
+            return None
+        special = msgspec.json.decode(_read(self.path / TOKENIZER_CONFIG), type=dict[str, Any])
+        return ChatTemplate(
+            _read(self.path / CHAT_TEMPLATE).decode(),
+            bos=special.get("bos_token") or "",
+            eos=special.get("eos_token") or "",
+        )
+
+    @property
+    def _ours(self) -> EdgellmSection:
+        return self.config.edgellm
+
+
+def open_engine(path: Path) -> EngineDir:
+    """Open an engine directory: config.json is checked whole, of the other files presence and size.
+
+    `verify_engine` reads the other files too; it may run beside the loading.
+
+    Raises:
+        EngineError: it is no engine, or of another format version, or a file disagrees; the message names it.
+    """
+    if not path.is_dir():
+        raise EngineError(
+            f"there is no engine directory {path}; `edgellm build CHECKPOINT -o {path}` makes one"
+        )
+    if not (path / CONFIG).is_file():
+        raise EngineError(f"{path} is not an engine directory: it has no {CONFIG}")
+    raw = _read(path / CONFIG)
+    version = _format_version(raw)
+    if version is None:
+        raise EngineError(f"{path / CONFIG} is damaged, or not edgellm's; build the engine again")
+    if version != FORMAT_VERSION:
+        raise EngineError(
+            f"{path / CONFIG} has format_version {version}, this edgellm reads {FORMAT_VERSION}; "
+            "build the engine again with this edgellm, or run the edgellm that built it"
+        )
+    seal = _SEAL.search(raw)
+    if seal is None or _seal(raw) != seal[2].decode():
+        raise EngineError(f"{path / CONFIG} is not as `edgellm build` wrote it; build the engine again")
+    try:
+        config = msgspec.json.decode(raw, type=EngineConfig)
+    except msgspec.DecodeError as error:
+        raise EngineError(f"{path / CONFIG}: {error}") from error
+    for name, record in config.edgellm.files.items():
+        try:
+            size = (path / name).stat().st_size
+        except OSError as error:
+            raise EngineError(f"{path} has no {name}: {error.strerror}; build the engine again") from error
+        if size != record.bytes:
+            raise EngineError(
+                f"{path / name} has {size} bytes instead of {record.bytes}; build the engine again"
+            )
+    return EngineDir(path, config)
+
+
+def verify_engine(engine: EngineDir, progress: Progress = lambda _name, _fraction: None) -> None:
+    """Compare every file with its SHA-256; the interpreter's lock is free most of the time.
+
+    Raises:
+        EngineError: a file is not as it was written; the message names it.
+    """
+    records = engine.config.edgellm.files
+    total, done = sum(record.bytes for record in records.values()) or 1, 0
+    for name, record in records.items():
+        progress(name, done / total)
+        if sha256_of(engine.path / name) != record.sha256:
+            raise EngineError(
+                f"{engine.path / name} is not as it was built: its SHA-256 differs; build the engine again"
+            )
+        done += record.bytes
+    progress("verified", 1.0)
+
+
+@contextmanager
+def new_engine(path: Path) -> Iterator[Path]:
+    """Make an engine directory: gives a temporary one beside `path`, which becomes `path` at the end.
+
+    Inside, write the files, then call `seal`. If anything is raised, nothing is left behind.
+
+    Raises:
+        BuildError: `path` exists and is no engine directory, or writing failed (a full disk, no permission).
+    """
+    path = path.resolve()
+    _check_replaceable(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.building-", dir=path.parent))
+    except OSError as error:
+        raise BuildError(f"cannot create {path}: {error.strerror}") from error
+    try:
+        draft.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would hide the engine from the daemon's user
+        yield draft
+        if not (draft / CONFIG).exists():
+            raise AssertionError("new_engine: seal was not called")
+        _sync(draft)
+        _move_into_place(draft, path)
+    except OSError as error:
+        hint = "; free some space and build again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise BuildError(f"cannot write {path}: {error.strerror or error}{hint}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def seal(draft: Path, config: EngineConfig) -> EngineConfig:
+    """Write config.json with size and SHA-256 of every file in `draft`; gives what was written."""
+    files = {
+        file.name: FileRecord(sha256=sha256_of(file), bytes=file.stat().st_size)
+        for file in sorted(draft.iterdir())
+        if file.name != CONFIG
+    }
+    section = msgspec.structs.replace(config.edgellm, files=files, config_sha256=_UNSEALED)
+    config = msgspec.structs.replace(config, edgellm=section)
+    digest = _seal(_encode(config))
+    config = msgspec.structs.replace(config, edgellm=msgspec.structs.replace(section, config_sha256=digest))
+    (draft / CONFIG).write_bytes(_encode(config))
+    return config
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a small JSON file for people to read, too."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sha256_of(path: Path) -> str:
+    """A file's SHA-256 in hex; constant memory.
+
+    Raises:
+        EngineError: the file cannot be read.
+    """
+    digest, buffer = hashlib.sha256(), bytearray(_CHUNK_BYTES)
+    view = memoryview(buffer)
+    try:
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                digest.update(view[:count])
+    except OSError as error:
+        raise EngineError(f"cannot read {path}: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise EngineError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _encode(config: EngineConfig) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n"
+
+
+def _seal(raw: bytes) -> str:
+    return hashlib.sha256(_SEAL.sub(rb"\g<1>" + _UNSEALED.encode() + rb"\g<3>", raw)).hexdigest()
+
+
+def _format_version(raw: bytes) -> int | None:
+    """The format version in a config.json, or None if it is not one of ours."""
+    try:
+        version = msgspec.json.decode(raw)["edgellm"]["format_version"]
+    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError):
+        return None
+    return version if isinstance(version, int) else None
+
+
+def _check_replaceable(path: Path) -> None:
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise BuildError(f"{path} exists and is not a directory; name another one with -o")
+    config = path / CONFIG
+    if any(path.iterdir()) and not (config.is_file() and _format_version(_read(config)) is not None):
+        raise BuildError(
+            f"{path} exists and is not an engine directory; it is left as it is, name another one"
+        )
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _sync(directory: Path) -> None:
+    """Bring a directory and its files to the disk, so that after the rename a power cut cannot empty them."""
+    for path in (*directory.iterdir(), directory):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _move_into_place(draft: Path, path: Path) -> None:
+    if path.exists():
+        # rename(2) replaces empty directories only. The old engine steps aside; files that a running daemon
+        # has mapped live on until it closes them.
+        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
+        path.rename(old)
+        try:
+            draft.rename(path)
+        except OSError:
+            old.rename(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        draft.rename(path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
