@@ -10,6 +10,7 @@ import math
 import re
 from typing import Annotated, Any, Literal
 
+import msgpack
 import msgspec
 from msgspec import Meta, Struct
 
@@ -117,7 +118,7 @@ Request = Chat | Generate | Cancel | Tokenize | Status | Health | Model
 OPS = ("chat", "generate", "cancel", "tokenize", "status", "health", "model")
 
 
-class Logprob(Struct, frozen=True, omit_defaults=True):
+class Logprob(Struct, frozen=True):
     """A generated token with its log-probability and the most likely alternatives, [token, logprob] each."""
 
     token: int
@@ -142,19 +143,23 @@ class Times(Struct, frozen=True):
 
 
 class Reply(Struct, frozen=True, kw_only=True, tag_field="ev"):
-    """What every reply has. `id` is null where the request's id could not be read."""
+    """What every reply has. `id` is null where the request's id could not be read.
+
+    A reply always has all its fields; what does not apply is null or empty.
+    """
 
     v: int = VERSION
     id: str | int | None
 
 
 class Accepted(Reply, frozen=True, kw_only=True, tag_field="ev", tag="accepted"):
-    """A streaming request has entered the queue."""
+    """A streaming request has entered the queue, in the class that its peer may have."""
 
     prompt_tokens: int
+    priority: PriorityName
 
 
-class Delta(Reply, frozen=True, kw_only=True, tag_field="ev", tag="delta", omit_defaults=True):
+class Delta(Reply, frozen=True, kw_only=True, tag_field="ev", tag="delta"):
     """More of the answer: whole characters, with the ids and log-probabilities of the tokens behind them."""
 
     text: str
@@ -162,7 +167,7 @@ class Delta(Reply, frozen=True, kw_only=True, tag_field="ev", tag="delta", omit_
     logprobs: list[Logprob] = []
 
 
-class Done(Reply, frozen=True, kw_only=True, tag_field="ev", tag="done", omit_defaults=True):
+class Done(Reply, frozen=True, kw_only=True, tag_field="ev", tag="done"):
     """The end of an answer. `text`, `tokens` and `logprobs` hold the whole answer, streamed or not."""
 
     text: str
@@ -174,7 +179,7 @@ class Done(Reply, frozen=True, kw_only=True, tag_field="ev", tag="done", omit_de
     stop: str | None = None
 
 
-class Error(Reply, frozen=True, kw_only=True, tag_field="ev", tag="error", omit_defaults=True):
+class Error(Reply, frozen=True, kw_only=True, tag_field="ev", tag="error"):
     """The end of a request that failed. `usage` is there if it had been accepted."""
 
     code: str
@@ -213,6 +218,7 @@ class StatusReply(Reply, frozen=True, kw_only=True, tag_field="ev", tag="status"
     queued: int
     slots: int
     batch_cap: int
+    clients: int
     requests: dict[str, int]
     prompt_tokens: int
     cached_tokens: int
@@ -270,13 +276,22 @@ def encode(message: Reply | Request) -> bytes:
 
 
 def peek_id(payload: bytes | memoryview) -> str | int | None:
-    """The id of a message that `decode_request` refused, or None if it has none that can be used."""
-    fields = _lenient(payload)
+    """The id of a message that `decode_request` refused, or None if it has none that can be used.
+
+    The map is read key by key and nothing but the id is built, so that neither a huge nor a truncated message
+    costs more than a pass over its bytes.
+    """
+    unpacker = msgpack.Unpacker(max_buffer_size=len(payload) or 1, strict_map_key=False)
+    unpacker.feed(payload)
     try:
-        id_: str | int = msgspec.convert(fields.get("id"), Id)
-    except (msgspec.ValidationError, AttributeError):
-        return None
-    return id_
+        for _ in range(unpacker.read_map_header()):
+            if unpacker.unpack() == "id":
+                id_: str | int = msgspec.convert(unpacker.unpack(), Id)
+                return id_
+            unpacker.skip()
+    except (msgpack.UnpackException, msgspec.ValidationError, ValueError, TypeError, RecursionError):
+        pass
+    return None
 
 
 def error_reply(id_: str | int | None, error: RequestError, usage: Usage | None = None) -> Error:

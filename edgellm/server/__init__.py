@@ -1,0 +1,16 @@
+"""The I/O thread: sole owner of the ROUTER socket, and of all that clients send and are sent.
+
+address.py      the socket file: lock, mode, group
+router.py       the ROUTER: receive, send without waiting, who has vanished
+access.py       who a peer is, its priority ceiling and quota
+admission.py    a wire request → tokens, limits, defaults
+stream.py       one open request: text, stop strings, deltas, the final message
+connection.py   one client: its open requests, what waits to be sent
+served.py       what is served, as seen from here
+server.py       the loop
+"""
+
+from edgellm.server.served import EngineHandle, EngineStats, ServedModel
+from edgellm.server.server import Server
+
+__all__ = ["EngineHandle", "EngineStats", "ServedModel", "Server"]

@@ -1,0 +1,223 @@
+"""The ROUTER socket: what arrives, from whom, who has vanished, and sends that never wait."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import os
+import socket as sockets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from struct import Struct
+
+import zmq
+
+from edgellm.errors import BadRequest, ConfigError
+from edgellm.server.access import Peer
+from edgellm.server.address import FIELD, Address, Umask
+from edgellm.server_config import ServerConfig
+
+SEND_HIGH_WATER = 256
+"""Messages that may wait for one peer inside libzmq; beyond it a request's deltas merge here."""
+
+RECEIVE_HIGH_WATER = 32
+"""Messages of one peer that libzmq may hold for us; beyond it the peer's own socket fills."""
+
+HANDSHAKE_MS = 2_000
+HEARTBEAT_MS = 10_000
+HEARTBEAT_TIMEOUT_MS = 30_000
+LINGER_MS = 1_000
+HARD_LIMIT_BYTES = 16 << 20
+"""A larger frame makes libzmq drop the connection before it is held in memory; smaller ones get an answer."""
+
+_EVENT = Struct("=HI")  # zmq_socket_monitor(3): event number, value
+_UCRED = Struct("=iII")  # struct ucred, unix(7): pid, uid, gid
+_KEPT_FRAMES = 2
+
+
+class Sent(enum.Enum):
+    """What became of a send."""
+
+    YES = enum.auto()
+    FULL = enum.auto()  # the peer does not read; try again later
+    GONE = enum.auto()  # there is no such peer
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A message: from which connection, and either its payload or what is wrong with its frames.
+
+    Attributes:
+        route: the connection's routing id.
+        descriptor: the connection's file descriptor inside libzmq: what the monitor calls it.
+        delimited: an empty frame came first (a REQ socket sends one), and the answer needs one too.
+        payload: the body; with `problem` the beginning of the frame most likely to hold an id.
+    """
+
+    route: bytes
+    descriptor: int
+    peer: Peer
+    delimited: bool
+    payload: bytes
+    problem: BadRequest | None = None
+
+
+class Router:
+    """The daemon's socket. Used by one thread at a time, and after `bind` only by the I/O thread.
+
+    Raises:
+        ConfigError: in `bind`, naming `server.endpoint`.
+    """
+
+    def __init__(self, config: ServerConfig, endpoint: str) -> None:
+        self._config = config
+        self._address = Address(endpoint)
+        self._context = zmq.Context()
+        self._context.set(zmq.BLOCKY, 0)
+        self._alive: set[int] = set()
+        self.socket: zmq.Socket[bytes] | None = None
+        self.monitor: zmq.Socket[bytes] | None = None
+
+    @property
+    def endpoint(self) -> str:
+        """Where clients connect to."""
+        return self._address.endpoint
+
+    def bind(self) -> None:
+        """Take the lock, bind, and set the socket file's mode and group."""
+        self._address.acquire()
+        try:
+            self._bind()
+        except BaseException:
+            self.close()
+            raise
+
+    def _bind(self) -> None:
+        mode = int(self._config.socket_mode, 8)
+        self.socket = socket = self._context.socket(zmq.ROUTER)
+        socket.setsockopt(
+            zmq.ROUTER_MANDATORY, 1
+        )  # sends to a full or vanished peer fail instead of vanishing
+        socket.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER)
+        socket.setsockopt(zmq.RCVHWM, RECEIVE_HIGH_WATER)
+        socket.setsockopt(zmq.MAXMSGSIZE, max(HARD_LIMIT_BYTES, 4 * self._config.max_message_bytes))
+        socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+        socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+        socket.setsockopt(zmq.LINGER, LINGER_MS)
+        self.monitor = socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+        try:
+            with Umask(mode):
+                socket.bind(self.endpoint)
+        except zmq.ZMQError as error:
+            raise ConfigError(f"{FIELD}: {self.endpoint} cannot be bound: {error.strerror}") from None
+        self._address.open_to(mode, self._config.socket_group)
+
+    def receive(self) -> Incoming | None:
+        """The next message, or None if there is none now. Never waits."""
+        assert self.socket is not None
+        try:
+            head = self.socket.recv(zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return None
+        kept: list[zmq.Frame] = []
+        count = size = 0
+        last = head
+        while last.more:
+            last = self.socket.recv(zmq.NOBLOCK, copy=False)  # a message arrives whole: never Again here
+            count += 1
+            size += len(last)
+            if len(kept) < _KEPT_FRAMES:
+                kept.append(last)
+        delimited = len(kept) > 1 and len(kept[0]) == 0
+        body = kept[1] if delimited else kept[0] if kept else None
+        problem = None
+        if count > 1 + delimited:
+            problem = BadRequest(
+                f"a message is one frame, after an empty delimiter or none: this has {count}"
+            )
+        elif size > self._config.max_message_bytes:
+            problem = BadRequest(
+                f"the message is {size} bytes, and {self._config.max_message_bytes} are allowed"
+                " (server.max_message_bytes)"
+            )
+        elif not size:
+            problem = BadRequest("the message is empty: send a MessagePack map")
+        return Incoming(
+            route=head.bytes,
+            descriptor=int(last.get(zmq.SRCFD)),
+            peer=_peer(last),
+            delimited=delimited,
+            payload=b"" if body is None else bytes(body.buffer[: self._config.max_message_bytes]),
+            problem=problem,
+        )
+
+    def send(self, route: bytes, payload: bytes, delimited: bool) -> Sent:
+        """Send if there is room. Never waits; a message goes whole or not at all."""
+        assert self.socket is not None
+        try:
+            self.socket.send(route, zmq.NOBLOCK | zmq.SNDMORE)
+            if delimited:
+                self.socket.send(b"", zmq.NOBLOCK | zmq.SNDMORE)
+            self.socket.send(payload, zmq.NOBLOCK)
+        except zmq.Again:
+            return Sent.FULL
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EHOSTUNREACH:
+                return Sent.GONE
+            raise
+        return Sent.YES
+
+    def vanished(self) -> Iterator[int]:
+        """Descriptors of connections that have ended since the last call, in order.
+
+        libzmq announces an end before it closes the descriptor. So if this is drained after a message was
+        received and before it is acted on, a descriptor that was reused in between is never mistaken.
+        """
+        assert self.monitor is not None
+        while True:
+            try:
+                event, descriptor = _EVENT.unpack(self.monitor.recv_multipart(zmq.NOBLOCK)[0])
+            except zmq.Again:
+                return
+            if event == zmq.EVENT_ACCEPTED:
+                self._alive.add(descriptor)
+            elif event == zmq.EVENT_DISCONNECTED:
+                self._alive.discard(descriptor)
+                yield descriptor
+
+    def alive(self, descriptor: int) -> bool:
+        """Whether the connection is still there, as of the last `vanished`."""
+        return descriptor in self._alive
+
+    def hang_up(self, descriptor: int, peer: Peer) -> None:
+        """Shut a connection down: libzmq has no call for it, but its end is noticed like any other.
+
+        `vanished` must have been drained just before. Should the descriptor belong to another process by now,
+        nothing is done.
+        """
+        if not self.alive(descriptor):
+            return
+        with contextlib.suppress(OSError), sockets.socket(fileno=os.dup(descriptor)) as connection:
+            credentials = connection.getsockopt(sockets.SOL_SOCKET, sockets.SO_PEERCRED, _UCRED.size)
+            if _UCRED.unpack(credentials)[0] == peer.pid:
+                connection.shutdown(sockets.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Send what is left for at most LINGER_MS, close, and release the lock; idempotent."""
+        if self.socket is not None:
+            self.socket.disable_monitor()
+            self.socket.close()
+            self.socket = None
+        if self.monitor is not None:
+            self.monitor.close(linger=0)
+            self.monitor = None
+        self._context.term()
+        self._address.release()
+
+
+def _peer(frame: zmq.Frame) -> Peer:
+    try:
+        return Peer.from_address(str(frame.get("Peer-Address")))
+    except zmq.ZMQError:
+        return Peer()
