@@ -19,7 +19,7 @@ from edgellm.errors import BadRequest, EngineError
 
 MAX_OUTPUT_CHARACTERS: Final = 16_000_000
 MAX_RANGE_TOTAL: Final = 100_000
-"""What all `range` loops of one rendering may run over, together; a conversation has at most 4,096 messages."""
+"""What all `range` loops of one rendering may run over, together. A conversation has at most 4,096 turns."""
 
 
 class _Refusal(Exception):

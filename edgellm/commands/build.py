@@ -1,0 +1,217 @@
+"""`edgellm build CHECKPOINT -o ENGINE`: a checkpoint becomes an engine directory."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from edgellm.checkpoint import Checkpoint
+    from edgellm.enginedir import BuildConfig, EngineConfig
+    from edgellm.executor.base import Progress
+    from edgellm.model.spec import ModelSpec
+
+DEFAULT_BATCH_SIZE = 4
+DEFAULT_SEQ_LEN = 2048
+DEFAULT_NUM_TOKENS = 256
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to the command line."""
+    parser = subparsers.add_parser("build", help="make an engine directory of a checkpoint")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="GGUF file")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="ENGINE", required=True, help="directory to make"
+    )
+    parser.add_argument(
+        "--max-batch-size",
+        type=int,
+        metavar="N",
+        default=DEFAULT_BATCH_SIZE,
+        help="requests that run at the same time (default %(default)s)",
+    )
+    parser.add_argument(
+        "--max-seq-len",
+        type=int,
+        metavar="N",
+        help=f"tokens of prompt and answer together (default {DEFAULT_SEQ_LEN}, or the model's if less)",
+    )
+    parser.add_argument(
+        "--max-num-tokens",
+        type=int,
+        metavar="N",
+        help=f"tokens that a step may feed, all requests together (default {DEFAULT_NUM_TOKENS})",
+    )
+    parser.add_argument(
+        "--compute",
+        choices=("int8", "fp32"),
+        default="int8",
+        help="int8: weights as stored, activations quantized on the fly; fp32: the exact, slow reference",
+    )
+    parser.add_argument("--executor", choices=("cpu",), default="cpu", help="what is to run it")
+    parser.add_argument(
+        "--model-name", metavar="NAME", help="what to call the model (default: the file's name)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build the engine and print one line about it.
+
+    Raises:
+        OperatorError: the flags, the checkpoint or the place to write; see edgellm.errors.
+    """
+    from edgellm.checkpoint import open_checkpoint
+    from edgellm.commands.progress import progress_bar
+    from edgellm.enginedir import new_engine, seal
+
+    started = time.monotonic()
+    _refuse_model_name(args.checkpoint)
+    checkpoint = open_checkpoint(args.checkpoint)
+    build = build_config(
+        checkpoint.spec,
+        max_batch_size=args.max_batch_size,
+        max_seq_len=args.max_seq_len,
+        max_num_tokens=args.max_num_tokens,
+    )
+    config = _engine_config(args, checkpoint, build)
+    with _sigterm_raises(), progress_bar() as progress, new_engine(args.output) as draft:
+        _write_text(checkpoint, draft)
+        _write_network(args, checkpoint, draft, build, progress)
+        progress("checksums", 0.0)
+        config = seal(draft, config)
+    size = sum(record.bytes for record in config.edgellm.files.values())
+    print(
+        f"{args.output}: {config.edgellm.model_name}, {size / 1e6:.1f} MB, "
+        f"{build.max_batch_size} slots of {build.max_seq_len} tokens, steps of {build.max_num_tokens}, "
+        f"{args.executor} {args.compute}, built in {time.monotonic() - started:.1f} s"
+    )
+    return 0
+
+
+def build_config(
+    spec: ModelSpec, *, max_batch_size: int, max_seq_len: int | None, max_num_tokens: int | None
+) -> BuildConfig:
+    """The sizes to build for; None takes the default.
+
+    Raises:
+        UsageError: they make no sense, by themselves or together; the message names the flag.
+    """
+    from edgellm.enginedir import BuildConfig
+    from edgellm.errors import UsageError
+
+    longest = spec.max_position_embeddings
+    if max_seq_len is None:
+        max_seq_len = min(DEFAULT_SEQ_LEN, longest)
+    if max_batch_size < 1:
+        raise UsageError(f"--max-batch-size {max_batch_size}: at least 1")
+    if not 2 <= max_seq_len <= longest:
+        raise UsageError(
+            f"--max-seq-len {max_seq_len}: from 2 to the {longest} tokens the model was trained for"
+        )
+    most = max_batch_size * max_seq_len
+    if max_num_tokens is None:
+        max_num_tokens = min(max(DEFAULT_NUM_TOKENS, max_batch_size), most)
+    if not max_batch_size <= max_num_tokens <= most:
+        raise UsageError(
+            f"--max-num-tokens {max_num_tokens}: from {max_batch_size} (one for each of --max-batch-size) "
+            f"to {most} (--max-batch-size × --max-seq-len)"
+        )
+    return BuildConfig(
+        max_input_len=max_seq_len - 1,  # an answer has at least one token
+        max_seq_len=max_seq_len,
+        max_batch_size=max_batch_size,
+        max_num_tokens=max_num_tokens,
+        opt_batch_size=max_batch_size,
+        opt_num_tokens=max_batch_size,
+    )
+
+
+def _refuse_model_name(path: Path) -> None:
+    from edgellm.checkpoint.fetch import MODELS
+    from edgellm.errors import UsageError
+
+    if str(path) in MODELS and not path.exists():
+        raise UsageError(f"{path} is no file; `edgellm fetch {path}` brings that model and prints its path")
+
+
+def _engine_config(args: argparse.Namespace, checkpoint: Checkpoint, build: BuildConfig) -> EngineConfig:
+    from importlib.metadata import version
+
+    import msgspec
+
+    from edgellm import __version__
+    from edgellm.enginedir import FORMAT_VERSION, EdgellmSection, EngineConfig, PretrainedConfig
+
+    return EngineConfig(
+        version=__version__,
+        pretrained_config=PretrainedConfig(
+            **msgspec.structs.asdict(checkpoint.spec), quantization=checkpoint.quantization
+        ),
+        build_config=build,
+        edgellm=EdgellmSection(
+            format_version=FORMAT_VERSION,
+            executor=args.executor,
+            executor_version=f"onnxruntime {version('onnxruntime')}",
+            compute=args.compute,
+            model_name=args.model_name or checkpoint.name,
+            bos_id=checkpoint.bos_id,
+            add_bos=checkpoint.add_bos,
+            eos_ids=checkpoint.eos_ids,
+        ),
+    )
+
+
+def _write_text(checkpoint: Checkpoint, draft: Path) -> None:
+    """Write what turns text into tokens and back, and see that it can be used."""
+    from edgellm import enginedir
+    from edgellm.errors import CheckpointError, EngineError
+    from edgellm.text.chat import ChatTemplate
+    from edgellm.text.tokenizer import Tokenizer
+
+    (draft / enginedir.TOKENIZER).write_bytes(checkpoint.tokenizer_json())
+    special = {"bos_token": checkpoint.bos_token, "eos_token": checkpoint.eos_token}
+    enginedir.write_json(
+        draft / enginedir.TOKENIZER_CONFIG,
+        {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": checkpoint.add_bos, **special},
+    )
+    enginedir.write_json(
+        draft / enginedir.GENERATION_CONFIG,
+        {"bos_token_id": checkpoint.bos_id, "eos_token_id": list(checkpoint.eos_ids)},
+    )
+    try:
+        Tokenizer.from_file(draft / enginedir.TOKENIZER)
+        if checkpoint.chat_template is not None:
+            (draft / enginedir.CHAT_TEMPLATE).write_text(
+                checkpoint.chat_template, encoding="utf-8", newline=""
+            )
+            ChatTemplate(checkpoint.chat_template, bos=checkpoint.bos_token, eos=checkpoint.eos_token)
+    except EngineError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error
+
+
+def _write_network(
+    args: argparse.Namespace, checkpoint: Checkpoint, draft: Path, build: BuildConfig, progress: Progress
+) -> None:
+    from edgellm.model.onnx import emit
+
+    emit(checkpoint, draft, build, compute=args.compute, progress=progress)
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM ends the build like ^C does, so that the half-written directory is removed."""
+
+    def leave(number: int, _frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
