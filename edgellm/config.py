@@ -105,7 +105,12 @@ def load_config(
         section, _, name = key.partition(".")
         sections[section][name] = value
         sources[key] = source
-    return Config(**{name: _convert(name, values, sources) for name, values in sections.items()})
+    try:
+        # strict=False reads the text of the environment and of flags as numbers and booleans.
+        config: Config = msgspec.convert(sections, Config, strict=False)
+    except msgspec.ValidationError as error:
+        raise _explain(str(error), sources) from None
+    return config
 
 
 def _known_keys() -> list[str]:
@@ -163,12 +168,9 @@ def _from_flags(flags: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
             yield key, value, f"command line, {key}"
 
 
-def _convert(section: str, values: dict[str, Any], sources: Mapping[str, str]) -> Struct:
-    try:
-        # strict=False reads the text of the environment and of flags as numbers and booleans.
-        return msgspec.convert(values, SECTIONS[section], strict=False)
-    except msgspec.ValidationError as error:
-        what, _, path = str(error).partition(" - at `$.")
-        name = path.rstrip("`") or "?"
-        source = sources.get(f"{section}.{name.partition('[')[0].partition('.')[0]}", "configuration")
-        raise ConfigError(f"{source}: {section}.{name}: {what}") from None
+def _explain(text: str, sources: Mapping[str, str]) -> ConfigError:
+    """Turn msgspec's sentence, "… - at `$.section.key…`", into one that names the source."""
+    what, _, path = text.partition(" - at `$.")
+    path = path.rstrip("`")
+    key = ".".join(path.partition("[")[0].split(".")[:2])
+    return ConfigError(f"{sources.get(key, 'configuration')}: {path}: {what}")
