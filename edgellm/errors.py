@@ -12,6 +12,11 @@
     │   ├── DeadlineExceeded      deadline_exceeded
     │   ├── Cancelled             cancelled
     │   └── InternalError         internal
+    ├── ClientError           a client hears nothing, or nothing it understands; raised in the client only
+    │   ├── RequestTimeout        also a TimeoutError
+    │   ├── Unreachable           also a ConnectionError
+    │   ├── ConnectionLost        also a ConnectionError
+    │   └── ProtocolError
     └── OperatorError         whoever runs edgellm must change something: printed, then an exit code
         ├── UsageError            64
         ├── CheckpointError       65
@@ -128,6 +133,26 @@ REQUEST_ERRORS: dict[str, type[RequestError]] = {
     )
 }
 """Wire code → exception class: how a client turns an `error` message back into an exception."""
+
+
+class ClientError(EdgellmError):
+    """The daemon could not be asked, or did not answer."""
+
+
+class RequestTimeout(ClientError, TimeoutError):
+    """The daemon took longer than the client was told to wait; the request has been cancelled."""
+
+
+class Unreachable(ClientError, ConnectionError):
+    """Nothing serves at the endpoints."""
+
+
+class ConnectionLost(ClientError, ConnectionError):
+    """The daemon went away before it had answered."""
+
+
+class ProtocolError(ClientError):
+    """What answers does not speak this version of the protocol."""
 
 
 class OperatorError(EdgellmError):

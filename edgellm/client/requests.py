@@ -1,0 +1,67 @@
+"""What can be asked: each operation's fields, under the names of the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict
+
+Messages = str | Sequence[Mapping[str, str]]
+"""A conversation, `{"role": …, "content": …}` a turn; a bare string is one turn of the user's."""
+
+
+class Options(TypedDict, total=False):
+    """How an answer is generated; what is absent is the daemon's default. See docs/protocol.md."""
+
+    max_tokens: int
+    min_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    seed: int
+    stop: Sequence[str]
+    ignore_eos: bool
+    logprobs: bool
+    top_logprobs: int
+    priority: Literal["critical", "high", "normal", "background"]
+    deadline_ms: int
+
+
+def chat(messages: Messages, stream: bool, options: Options) -> dict[str, Any]:
+    """The fields of a `chat`."""
+    return {"op": "chat", "messages": turns(messages), "stream": stream, **_plain(options)}
+
+
+def generate(prompt: str | Sequence[int], stream: bool, options: Options) -> dict[str, Any]:
+    """The fields of a `generate`."""
+    plain = prompt if isinstance(prompt, str) else [int(token) for token in prompt]
+    return {"op": "generate", "prompt": plain, "stream": stream, **_plain(options)}
+
+
+def tokenize(text: str | None, messages: Messages | None) -> dict[str, Any]:
+    """The fields of a `tokenize`."""
+    if messages is not None:
+        return {"op": "tokenize", "messages": turns(messages)}
+    return {"op": "tokenize", "text": text}
+
+
+def turns(messages: Messages) -> list[dict[str, str]]:
+    """A conversation in the wire's form."""
+    if isinstance(messages, str):
+        return [{"role": "user", "content": messages}]
+    return [dict(message) for message in messages]
+
+
+def _plain(options: Options) -> dict[str, Any]:
+    """Options as msgpack can write them; None means absent."""
+    fields: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if "logit_bias" in fields:
+        fields["logit_bias"] = dict(fields["logit_bias"])
+    if "stop" in fields:
+        stop = fields["stop"]
+        fields["stop"] = [stop] if isinstance(stop, str) else list(stop)
+    return fields

@@ -1,0 +1,155 @@
+"""`edgellm chat`: talk to a running daemon, one question or a conversation."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edgellm.client import Answer, Client
+    from edgellm.client.requests import Options
+
+UNAVAILABLE = 69
+"""sysexits(3): a service is not available."""
+
+PROMPT = "> "
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to the command line."""
+    parser = subparsers.add_parser("chat", help="talk to a running daemon")
+    parser.add_argument(
+        "prompt",
+        nargs="?",
+        metavar="PROMPT",
+        help="one question; without it, a conversation ('-': from stdin)",
+    )
+    parser.add_argument("--endpoint", metavar="URL", help="the daemon's socket (or $EDGELLM_ENDPOINT)")
+    parser.add_argument("--system", metavar="TEXT", help="system message")
+    parser.add_argument("--max-tokens", type=int, metavar="N")
+    parser.add_argument("--temperature", type=float, metavar="T")
+    parser.add_argument("--top-k", type=int, metavar="K")
+    parser.add_argument("--top-p", type=float, metavar="P")
+    parser.add_argument("--min-p", type=float, metavar="P")
+    parser.add_argument("--repetition-penalty", type=float, metavar="R")
+    parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="ends the answer; may be repeated")
+    parser.add_argument("--priority", choices=("critical", "high", "normal", "background"))
+    parser.add_argument(
+        "--wait", type=float, default=0.0, metavar="S", help="wait for the daemon to be ready"
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="tokens and times after each answer")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Ask, print what comes; the exit code."""
+    from edgellm.client import Client
+    from edgellm.errors import ClientError, RequestError
+
+    with Client(args.endpoint) as client:
+        try:
+            if args.wait:
+                client.wait_ready(args.wait)
+            if args.prompt is None and sys.stdin.isatty():
+                return _converse(client, args)
+            question = sys.stdin.read() if args.prompt in (None, "-") else args.prompt
+            _answer(client, [*_system(args), {"role": "user", "content": question}], args)
+        except (RequestError, ClientError) as error:
+            print(_line(error), file=sys.stderr)
+            return UNAVAILABLE if isinstance(error, ClientError) else 1
+    return 0
+
+
+def _converse(client: Client, args: argparse.Namespace) -> int:
+    """A conversation with its history, until end of file. Ctrl-C ends an answer, not the program."""
+    import readline  # noqa: F401 - gives input() its editing and its history
+
+    from edgellm.errors import ClientError, RequestError
+
+    messages = _system(args)
+    print("Ctrl-C ends an answer, Ctrl-D the conversation.", file=sys.stderr)
+    while True:
+        try:
+            question = input(PROMPT)
+        except KeyboardInterrupt:
+            print()
+            continue
+        except EOFError:
+            print()
+            return 0
+        if not question.strip():
+            continue
+        turn = {"role": "user", "content": question}
+        try:
+            text = _answer(client, [*messages, turn], args)
+        except (RequestError, ClientError) as error:
+            print(_line(error), file=sys.stderr)
+            continue
+        messages += [turn, {"role": "assistant", "content": text}]
+
+
+def _answer(client: Client, messages: list[dict[str, str]], args: argparse.Namespace) -> str:
+    """Print an answer as it comes; its text, also if Ctrl-C cut it short in a conversation."""
+    said: list[str] = []
+    started = time.monotonic()
+    first: float | None = None
+    with client.stream_chat(messages, **_options(args)) as stream:
+        try:
+            for delta in stream:
+                first = time.monotonic() if first is None else first
+                said.append(delta.text)
+                print(delta.text, end="", flush=True)
+        except KeyboardInterrupt:
+            if args.prompt is not None:
+                raise
+        finally:
+            print(flush=True)
+        if args.verbose and stream.answer is not None:
+            print(_statistics(stream.answer, started, first), file=sys.stderr)
+    return "".join(said)
+
+
+def _options(args: argparse.Namespace) -> Options:
+    options: Options = {}
+    for name in (
+        "max_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "seed",
+        "stop",
+        "priority",
+    ):
+        if (value := getattr(args, name)) is not None:
+            options[name] = value  # type: ignore[literal-required]
+    return options
+
+
+def _system(args: argparse.Namespace) -> list[dict[str, str]]:
+    return [] if args.system is None else [{"role": "system", "content": args.system}]
+
+
+def _statistics(answer: Answer, started: float, first: float | None) -> str:
+    usage, now = answer.usage, time.monotonic()
+    parts = [f"{usage.prompt_tokens} prompt tokens ({usage.cached_tokens} cached)"]
+    if first is not None:
+        parts.append(f"first text after {1000 * (first - started):.0f} ms")
+    parts.append(f"{usage.completion_tokens} tokens in {now - started:.2f} s")
+    if first is not None and usage.completion_tokens > 1 and now > first:
+        parts.append(f"{(usage.completion_tokens - 1) / (now - first):.1f} tokens/s")
+    return f"[{', '.join(parts)}, {answer.finish_reason}]"
+
+
+def _line(error: Exception) -> str:
+    from edgellm.errors import RequestError
+
+    return (
+        f"edgellm chat: {error.code}: {error}"
+        if isinstance(error, RequestError)
+        else f"edgellm chat: {error}"
+    )
