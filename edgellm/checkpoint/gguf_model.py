@@ -229,6 +229,11 @@ def _spec(file: GgufFile) -> ModelSpec:
             f"{file.path} has {architecture}.rope.dimension_count {rotary} for heads of {head}; "
             "edgellm rotates whole heads of even width"
         )
+    layers = integer("block_count")
+    if layers > len(file.tensors):
+        raise CheckpointError(
+            f"{file.path}: {architecture}.block_count is {layers}, but the file has {len(file.tensors)} tensors in all"
+        )
     epsilon = file.real(f"{architecture}.attention.layer_norm_rms_epsilon")
     base = file.real(f"{architecture}.rope.freq_base", 10000.0)
     for key, number in (("attention.layer_norm_rms_epsilon", epsilon), ("rope.freq_base", base)):
@@ -238,7 +243,7 @@ def _spec(file: GgufFile) -> ModelSpec:
         architecture=ARCHITECTURES[architecture],
         vocab_size=len(file.strings("tokenizer.ggml.tokens")),
         hidden_size=hidden,
-        num_hidden_layers=integer("block_count"),
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_size=head,
