@@ -1,0 +1,164 @@
+"""The network, once: a decoder-only transformer on an abstract graph that every executor's emitter writes.
+
+Tokens are flat, [T, ...], however an emitter arranges them into rows of a batch; token ids, positions, caches
+and which positions are wanted are the emitter's inputs. Values are handles that an emitter may leave
+unevaluated until it sees who uses them: a sum can wait for the norm that follows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from edgellm.checkpoint.base import Checkpoint
+from edgellm.errors import BuildError
+from edgellm.model.spec import ModelSpec
+from edgellm.model.weights import Dense, Weight
+
+ARCHITECTURES = ("LlamaForCausalLM",)
+"""What `build_decoder` knows, by Hugging Face's class names."""
+
+V = TypeVar("V")
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """One layer's attention, apart from its projections.
+
+    Attributes:
+        layer: index of the layer, whose caches it uses.
+        scale: factor on q·k before the softmax.
+        rotary_base: theta; pair j of a head turns by position · theta^(−2j / head_size) (Su et al. 2021,
+            with Hugging Face's halves: element j pairs with j + head_size / 2).
+        q_norm, k_norm: [head_size] gains of an RMSNorm on every head before the rotation, or None.
+    """
+
+    layer: int
+    scale: float
+    rotary_base: float
+    q_norm: Weight | None = None
+    k_norm: Weight | None = None
+
+
+class Graph(Protocol[V]):
+    """What an emitter implements. E vocabulary, D hidden size, F MLP width, H query heads, d head size."""
+
+    def embed(self, weight: Weight) -> V:
+        """Rows of `weight` [E, D] picked by the input tokens → [T, D]."""
+        ...
+
+    def norm(self, x: V, gain: Weight, epsilon: float) -> V:
+        """RMSNorm: x · gain / sqrt(mean(x²) + epsilon), over the last axis (Zhang and Sennrich 2019)."""
+        ...
+
+    def qkv(self, x: V, weights: Sequence[Weight], biases: Sequence[Weight | None]) -> V:
+        """The three projections of attention, opaque: only `attention` takes them."""
+        ...
+
+    def attention(self, qkv: V, attention: Attention) -> V:
+        """Rotate q and k, append k and v to the layer's cache, causal attention over it → [T, H·d]."""
+        ...
+
+    def linear(self, x: V, weight: Weight, bias: Weight | None, residual: V) -> V:
+        """x · weightᵀ + bias + residual."""
+        ...
+
+    def swiglu(self, x: V, gate: Weight, up: Weight, biases: Sequence[Weight | None]) -> V:
+        """silu(x · gateᵀ) · (x · upᵀ) → [T, F] (Shazeer 2020)."""
+        ...
+
+    def rows(self, x: V) -> V:
+        """The positions whose logits are wanted, [T, ...] → [R, ...]; what follows works on those alone."""
+        ...
+
+    def logits(self, x: V, weight: Weight) -> V:
+        """x · weightᵀ → float32 [R, E]."""
+        ...
+
+
+def build_decoder(graph: Graph[V], checkpoint: Checkpoint) -> V:
+    """Write the checkpoint's network on `graph`; gives its logits.
+
+    Raises:
+        BuildError: the network has a part that is not written here.
+        CheckpointError: a tensor is missing.
+    """
+    spec = checkpoint.spec
+    _require_supported(spec)
+
+    def weight(name: str, *shape: int) -> Weight:
+        return _shaped(checkpoint.tensor(name), shape)
+
+    def bias(name: str, size: int) -> Weight | None:
+        return weight(f"{name}.bias", size) if checkpoint.has(f"{name}.bias") else None
+
+    hidden, mlp = spec.hidden_size, spec.intermediate_size
+    query, key = spec.num_attention_heads * spec.head_size, spec.num_key_value_heads * spec.head_size
+
+    embedding = weight("embed_tokens", spec.vocab_size, hidden)
+    x = graph.embed(embedding)
+    for layer in range(spec.num_hidden_layers):
+        here = f"layers.{layer}"
+        attn, ffn = f"{here}.self_attn", f"{here}.mlp"
+
+        h = graph.norm(x, weight(f"{here}.input_layernorm", hidden), spec.norm_epsilon)
+        parts = {f"{attn}.q_proj": query, f"{attn}.k_proj": key, f"{attn}.v_proj": key}
+        h = graph.qkv(
+            h, [weight(p, n, hidden) for p, n in parts.items()], [bias(p, n) for p, n in parts.items()]
+        )
+        h = graph.attention(
+            h,
+            Attention(
+                layer=layer,
+                scale=spec.head_size**-0.5,
+                rotary_base=spec.rotary_base,
+                q_norm=weight(f"{attn}.q_norm", spec.head_size) if spec.qk_layernorm else None,
+                k_norm=weight(f"{attn}.k_norm", spec.head_size) if spec.qk_layernorm else None,
+            ),
+        )
+        if layer == spec.num_hidden_layers - 1:
+            # Nothing after the last attention looks at other positions, so prefill skips most of this layer.
+            h, x = graph.rows(h), graph.rows(x)
+        o = f"{attn}.o_proj"
+        x = graph.linear(h, weight(o, hidden, query), bias(o, hidden), residual=x)
+
+        h = graph.norm(x, weight(f"{here}.post_attention_layernorm", hidden), spec.norm_epsilon)
+        gate, up, down = f"{ffn}.gate_proj", f"{ffn}.up_proj", f"{ffn}.down_proj"
+        h = graph.swiglu(
+            h, weight(gate, mlp, hidden), weight(up, mlp, hidden), [bias(gate, mlp), bias(up, mlp)]
+        )
+        x = graph.linear(h, weight(down, hidden, mlp), bias(down, hidden), residual=x)
+
+    x = graph.norm(x, weight("norm", hidden), spec.norm_epsilon)
+    # The same object when tied, so that an emitter can see that one tensor serves both.
+    head = weight("lm_head", spec.vocab_size, hidden) if checkpoint.has("lm_head") else embedding
+    return graph.logits(x, head)
+
+
+def _require_supported(spec: ModelSpec) -> None:
+    if spec.architecture not in ARCHITECTURES:
+        raise BuildError(
+            f"architecture {spec.architecture} cannot be built yet; edgellm builds {', '.join(ARCHITECTURES)}"
+        )
+    if spec.hidden_act != "silu":
+        raise BuildError(f"hidden_act {spec.hidden_act!r} cannot be built; only 'silu' can")
+    if spec.position_embedding_type != "rope_gpt_neox":
+        raise BuildError(
+            f"position_embedding_type {spec.position_embedding_type!r} cannot be built; "
+            "only 'rope_gpt_neox' can"
+        )
+    if spec.num_attention_heads % spec.num_key_value_heads:
+        raise BuildError(
+            f"{spec.num_attention_heads} query heads cannot share "
+            f"{spec.num_key_value_heads} key/value heads evenly"
+        )
+
+
+def _shaped(weight: Weight, shape: tuple[int, ...]) -> Weight:
+    if weight.shape != shape:
+        expected, found = (" × ".join(map(str, s)) for s in (shape, weight.shape))
+        raise BuildError(f"{weight.name} is {found}, but the model's numbers ask for {expected}")
+    if len(shape) == 1 and not isinstance(weight, Dense):
+        raise BuildError(f"{weight.name} is quantized; norms and biases must be F32, F16 or BF16")
+    return weight

@@ -1,0 +1,166 @@
+"""The network as an ONNX model for ONNX Runtime's CPU provider: what `executor/cpu.py` runs.
+
+    inputs   input_ids i32[B, S] · seqlens_k i32[B] (tokens after this run, − 1) · total_sequence_length i32[]
+             (the largest of them, + 1) · logits_rows i64[R] (which of the B·S positions are wanted)
+             past_key_values.{layer}.{key,value} f32[B, kv_heads, max_seq, head_size]
+    outputs  logits f32[R, vocab] · present.{layer}.{key,value}, to be bound to the same memory as the past
+
+What is fused: q, k and v; gate and up; a residual sum with the norm that follows it. How a linear computes is
+`onnx_linear.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from edgellm.checkpoint.base import Checkpoint
+from edgellm.enginedir import BuildConfig
+from edgellm.errors import BuildError
+from edgellm.executor.base import Progress
+from edgellm.model.decoder import Attention, build_decoder
+from edgellm.model.onnx_file import CONTRIB, Dimension, OnnxFile
+from edgellm.model.onnx_linear import Compute, Linears, Value
+from edgellm.model.spec import ModelSpec
+from edgellm.model.weights import Weight
+
+MODEL_FILE: Final = "model.onnx"
+
+
+def emit(
+    checkpoint: Checkpoint, directory: Path, build: BuildConfig, *, compute: Compute, progress: Progress
+) -> None:
+    """Write `model.onnx` and `model.onnx.data` into the directory, tensor by tensor.
+
+    Raises:
+        BuildError: the network or a weight's layout has no ONNX form here.
+        CheckpointError: a tensor is missing or damaged.
+        OSError: the files cannot be written.
+    """
+    file = OnnxFile(directory / MODEL_FILE)
+    try:
+        graph = OnnxGraph(file, checkpoint.spec, build.max_seq_len, compute, progress)
+        build_decoder(graph, checkpoint)
+        file.close()
+    finally:
+        file.abandon()
+    progress("model", 1.0)
+
+
+class OnnxGraph:
+    """The decoder's `Graph`, writing nodes and tensors to a file as they come."""
+
+    def __init__(
+        self, file: OnnxFile, spec: ModelSpec, max_seq_len: int, compute: Compute, progress: Progress
+    ) -> None:
+        self._file = file
+        self._spec = spec
+        self._max_seq_len = max_seq_len
+        self._linears = Linears(file, compute)
+        self._progress = progress
+        self._counters: dict[str, itertools.count[int]] = {}
+        file.input("input_ids", np.int32, ["B", "S"])
+        file.input("seqlens_k", np.int32, ["B"])
+        file.input("total_sequence_length", np.int32, [])
+        file.input("logits_rows", np.int64, ["R"])
+
+    def embed(self, weight: Weight) -> Value:
+        return self._linears.embed("input_ids", weight, self._name("embed"))
+
+    def norm(self, x: Value, gain: Weight, epsilon: float) -> Value:
+        y = self._name("norm")
+        gamma = self._file.constant(f"{y}.gain", gain.dequantize())
+        if x.terms is not None:
+            a, b = x.terms
+            x.terms = None
+            self._file.node(
+                "SkipSimplifiedLayerNormalization",
+                [a, b, gamma],
+                [y, "", "", x.name],
+                domain=CONTRIB,
+                epsilon=epsilon,
+            )
+        else:
+            self._file.node(
+                "SimplifiedLayerNormalization", [x.name, gamma], [y], axis=-1, epsilon=epsilon, stash_type=1
+            )
+        return Value(y, x.rank, x.width)
+
+    def qkv(self, x: Value, weights: Sequence[Weight], biases: Sequence[Weight | None]) -> Value:
+        return self._linears.project(x, weights, biases, self._name("qkv"))
+
+    def attention(self, qkv: Value, attention: Attention) -> Value:
+        if attention.q_norm is not None or attention.k_norm is not None:
+            raise BuildError("the CPU executor does not normalise query and key heads yet (qk_layernorm)")
+        spec, layer = self._spec, attention.layer
+        y = self._name("attention")
+        past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
+        present = [f"present.{layer}.{part}" for part in ("key", "value")]
+        cache: list[Dimension] = ["B", spec.num_key_value_heads, self._max_seq_len, spec.head_size]
+        for name in past:
+            self._file.input(name, np.float32, cache)
+        for name in present:
+            self._file.output(name, np.float32, cache)
+        # With q, k and v packed into the first input, key and value are left out.
+        self._file.node(
+            "GroupQueryAttention",
+            [qkv.name, "", "", *past, "seqlens_k", "total_sequence_length", *self._rotary(attention)],
+            [y, *present],
+            domain=CONTRIB,
+            num_heads=spec.num_attention_heads,
+            kv_num_heads=spec.num_key_value_heads,
+            scale=attention.scale,
+            do_rotary=1,
+            rotary_interleaved=0,
+        )
+        self._progress("model", (layer + 1) / (spec.num_hidden_layers + 1))
+        return Value(y, 3, spec.num_attention_heads * spec.head_size)
+
+    def linear(self, x: Value, weight: Weight, bias: Weight | None, residual: Value) -> Value:
+        product = self._linears.project(x, [weight], [bias], self._name("linear"))
+        return Value(self._name("sum"), x.rank, product.width, (product.name, self._computed(residual)))
+
+    def swiglu(self, x: Value, gate: Weight, up: Weight, biases: Sequence[Weight | None]) -> Value:
+        both = self._linears.project(x, [gate, up], biases, self._name("gate_up"))
+        y, width = self._name("swiglu"), gate.shape[0]
+        halves = self._file.constant(f"halves.{width}", np.array([width, width], np.int64))
+        self._file.node("Split", [both.name, halves], [f"{y}.gate", f"{y}.up"], axis=-1)
+        # x · sigmoid(1 · x) is SiLU.
+        self._file.node("QuickGelu", [f"{y}.gate"], [f"{y}.silu"], domain=CONTRIB, alpha=1.0)
+        self._file.node("Mul", [f"{y}.silu", f"{y}.up"], [y])
+        return Value(y, x.rank, width)
+
+    def rows(self, x: Value) -> Value:
+        y = self._name("rows")
+        shape = self._file.constant(f"flat.{x.width}", np.array([-1, x.width], np.int64))
+        self._file.node("Reshape", [self._computed(x), shape], [f"{y}.flat"])
+        self._file.node("Gather", [f"{y}.flat", "logits_rows"], [y], axis=0)
+        return Value(y, 2, x.width)
+
+    def logits(self, x: Value, weight: Weight) -> Value:
+        y = self._linears.project(x, [weight], [None], "logits")
+        self._file.output("logits", np.float32, ["R", y.width])
+        return y
+
+    def _computed(self, x: Value) -> str:
+        """The name of x, adding its terms if nobody has."""
+        if x.terms is not None:
+            self._file.node("Add", x.terms, [x.name])
+            x.terms = None
+        return x.name
+
+    def _rotary(self, attention: Attention) -> tuple[str, str]:
+        """Tensors float32 [max_seq, head_size / 2]: cos and sin of position · theta^(−2j / head_size)."""
+        size = self._spec.head_size
+        frequency = attention.rotary_base ** (-np.arange(0, size, 2) / size)
+        angle = np.arange(self._max_seq_len)[:, None] * frequency
+        cos = self._file.constant("rotary.cos", np.cos(angle).astype(np.float32))
+        sin = self._file.constant("rotary.sin", np.sin(angle).astype(np.float32))
+        return cos, sin
+
+    def _name(self, kind: str) -> str:
+        return f"{kind}.{next(self._counters.setdefault(kind, itertools.count()))}"

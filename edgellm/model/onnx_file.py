@@ -1,0 +1,119 @@
+"""An ONNX model written as it is made: tensors stream to an external data file, the graph comes last.
+
+Only the graph and tensors of up to INLINE_BYTES are held in memory; everything else goes to `<name>.data`
+when it is added, each tensor at a page border, as a file that is mapped wants it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+OPSET: Final = 21
+"""Of the standard operators; ONNX Runtime 1.23.2 reads up to 23."""
+IR_VERSION: Final = 10
+CONTRIB: Final = "com.microsoft"
+"""ONNX Runtime's own operators:
+https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md"""
+ALIGNMENT: Final = 4096
+INLINE_BYTES: Final = 1024
+
+Array = NDArray[Any]
+Dimension = int | str
+
+
+class OnnxFile:
+    """A model being written to `path` and `path`.data; `close` completes it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._data_path = path.with_name(path.name + ".data")
+        self._data = self._data_path.open("wb")
+        self._graph = onnx.GraphProto(name="edgellm")
+        self._tensors: dict[str, onnx.TensorProto] = {}
+
+    def constant(self, name: str, array: Array) -> str:
+        """Add a tensor and return its name; adding a name again changes nothing."""
+        if name in self._tensors:
+            return name
+        array = np.ascontiguousarray(array)
+        tensor = self._new_tensor(name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+        if array.nbytes <= INLINE_BYTES:
+            tensor.raw_data = array.tobytes()
+        else:
+            offset = -(-self._data.tell() // ALIGNMENT) * ALIGNMENT
+            self._data.seek(offset)
+            self._data.write(array.data)
+            self._place(tensor, offset, array.nbytes)
+        return name
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor of this name was added."""
+        return name in self._tensors
+
+    def alias(self, name: str, source: str, shape: Sequence[int]) -> str:
+        """Add a tensor that has the bytes of `source` in another shape; on disk they are there once."""
+        if name in self._tensors:
+            return name
+        original = self._tensors[source]
+        tensor = self._new_tensor(name, original.data_type, shape)
+        if original.HasField("raw_data"):
+            tensor.raw_data = original.raw_data
+        else:
+            tensor.data_location = original.data_location
+            tensor.external_data.extend(original.external_data)
+        return name
+
+    def node(
+        self, op: str, inputs: Sequence[str], outputs: Sequence[str], *, domain: str = "", **attributes: Any
+    ) -> None:
+        """Add a node; an empty name leaves an input or output out."""
+        node = onnx.helper.make_node(
+            op, inputs, outputs, name=f"{op}:{outputs[0]}", domain=domain, **attributes
+        )
+        self._graph.node.append(node)
+
+    def input(self, name: str, dtype: Any, shape: Sequence[Dimension]) -> str:
+        """Declare an input of the graph; a dimension given as a string may vary."""
+        self._graph.input.append(_value_info(name, dtype, shape))
+        return name
+
+    def output(self, name: str, dtype: Any, shape: Sequence[Dimension]) -> str:
+        """Declare an output of the graph."""
+        self._graph.output.append(_value_info(name, dtype, shape))
+        return name
+
+    def close(self) -> None:
+        """Write the graph; the data file is complete already."""
+        self._data.close()
+        model = onnx.helper.make_model(
+            self._graph,
+            producer_name="edgellm",
+            ir_version=IR_VERSION,
+            opset_imports=[onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(CONTRIB, 1)],
+        )
+        self._path.write_bytes(model.SerializeToString(deterministic=True))
+
+    def abandon(self) -> None:
+        """Close the data file; what was written stays for whoever removes the directory."""
+        self._data.close()
+
+    def _new_tensor(self, name: str, data_type: int, shape: Sequence[int]) -> onnx.TensorProto:
+        tensor: onnx.TensorProto = self._graph.initializer.add(name=name, data_type=data_type, dims=shape)
+        self._tensors[name] = tensor
+        return tensor
+
+    def _place(self, tensor: onnx.TensorProto, offset: int, length: int) -> None:
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", self._data_path.name), ("offset", offset), ("length", length)):
+            tensor.external_data.add(key=key, value=str(value))
+
+
+def _value_info(name: str, dtype: Any, shape: Sequence[Dimension]) -> onnx.ValueInfoProto:
+    data_type = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    return onnx.helper.make_tensor_value_info(name, data_type, list(shape))
