@@ -10,15 +10,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from edgellm.errors import UsageError
-from edgellm.executor.base import ExecutorInfo
 
 DEFAULT_PROMPT = 512
 DEFAULT_GENERATE = 128
 DEFAULT_DEPTHS = (0, 512)
 DEFAULT_BATCHES = (1, 2, 4, 8)
+
+
+class Shape(Protocol):
+    """What bounds a workload: an engine's build_config, or a loaded executor's info."""
+
+    @property
+    def max_batch_size(self) -> int:
+        """Rows that may advance in one step."""
+        ...
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens in a slot."""
+        ...
+
+    @property
+    def max_num_tokens(self) -> int:
+        """Tokens in a step."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +90,7 @@ def parse_counts(text: str, flag: str, *, least: int = 0) -> tuple[int, ...]:
 
 
 def compose(
-    info: ExecutorInfo,
+    shape: Shape,
     *,
     prompts: Sequence[int] | None = None,
     generates: Sequence[int] | None = None,
@@ -86,7 +104,7 @@ def compose(
     can hold; what was asked for must fit.
 
     Args:
-        info: the executor's shape.
+        shape: what the engine holds.
         prompts: `-p`, tokens.
         generates: `-n`, tokens.
         depths: `-d`, tokens.
@@ -95,28 +113,28 @@ def compose(
     Raises:
         UsageError: naming the flag that asks for more than the engine holds, and what would fit.
     """
-    most = min(info.max_batch_size, info.max_num_tokens)
+    most = min(shape.max_batch_size, shape.max_num_tokens)
     for batch in batches or ():
         if batch > most:
             raise UsageError(
                 f"-b {batch}: the engine advances at most {most} rows at once"
-                f" (it was built with --max-batch-size {info.max_batch_size}"
-                f" and --max-num-tokens {info.max_num_tokens})"
+                f" (it was built with --max-batch-size {shape.max_batch_size}"
+                f" and --max-num-tokens {shape.max_num_tokens})"
             )
     if batches is None:
         batches = [batch for batch in DEFAULT_BATCHES if batch <= most]
     if depths is None:
         longest = max(*(prompts or (DEFAULT_PROMPT,)), *(generates or (DEFAULT_GENERATE,)))
-        depths = [depth for depth in DEFAULT_DEPTHS if depth == 0 or depth + longest <= info.max_seq_len]
-    room = info.max_seq_len - max(depths)
+        depths = [depth for depth in DEFAULT_DEPTHS if depth == 0 or depth + longest <= shape.max_seq_len]
+    room = shape.max_seq_len - max(depths)
     if room < 1:
         raise UsageError(
-            f"-d {max(depths)}: a slot holds {info.max_seq_len} tokens, the last one to be measured:"
-            f" -d {info.max_seq_len - 1} is the most"
+            f"-d {max(depths)}: a slot holds {shape.max_seq_len} tokens, the last one to be measured:"
+            f" -d {shape.max_seq_len - 1} is the most"
         )
     lengths = {
-        "-p": _lengths("-p", prompts, DEFAULT_PROMPT, room, info),
-        "-n": _lengths("-n", generates, DEFAULT_GENERATE, room, info),
+        "-p": _lengths("-p", prompts, DEFAULT_PROMPT, room, shape),
+        "-n": _lengths("-n", generates, DEFAULT_GENERATE, room, shape),
     }
     prefill = [Workload("pp", tokens, depth) for depth in depths for tokens in lengths["-p"]]
     decode = [
@@ -130,16 +148,14 @@ def compose(
     return prefill + decode
 
 
-def _lengths(
-    flag: str, asked: Sequence[int] | None, default: int, room: int, info: ExecutorInfo
-) -> list[int]:
+def _lengths(flag: str, asked: Sequence[int] | None, default: int, room: int, shape: Shape) -> list[int]:
     if asked is None:
         return [min(default, room)]
     for tokens in asked:
         if tokens > room:
-            behind = f" behind -d {info.max_seq_len - room}" if room < info.max_seq_len else ""
+            behind = f" behind -d {shape.max_seq_len - room}" if room < shape.max_seq_len else ""
             raise UsageError(
-                f"{flag} {tokens}: a slot holds {info.max_seq_len} tokens,"
+                f"{flag} {tokens}: a slot holds {shape.max_seq_len} tokens,"
                 f" so {flag} {room} is the most{behind}"
             )
     return [tokens for tokens in asked if tokens > 0]
