@@ -83,14 +83,14 @@ class GgufCheckpoint:
         self.name = path.stem
         self._names = dict(_names(self.spec.num_hidden_layers))
         self._check_tensors()
-        self._vocabulary = _vocabulary(self.file, self.spec)
+        self.vocabulary = _vocabulary(self.file, self.spec)
         self.chat_template = self.file.string("tokenizer.chat_template", "") or None
         self.bos_id = self._special("bos")
-        self.add_bos = self.bos_id is not None and self._vocabulary.add_bos
+        self.add_bos = self.bos_id is not None and self.vocabulary.add_bos
         self.eos_ids = self._eos_ids()
-        self.bos_token = "" if self.bos_id is None else self._vocabulary.tokens[self.bos_id]
+        self.bos_token = "" if self.bos_id is None else self.vocabulary.tokens[self.bos_id]
         eos = self._special("eos")
-        self.eos_token = "" if eos is None else self._vocabulary.tokens[eos]
+        self.eos_token = "" if eos is None else self.vocabulary.tokens[eos]
 
     @property
     def quantization(self) -> Quantization:
@@ -131,7 +131,7 @@ class GgufCheckpoint:
 
     def tokenizer_json(self) -> bytes:
         """The tokenizer in the format of Hugging Face's `tokenizers`, UTF-8."""
-        return self._vocabulary.tokenizer_json()
+        return self.vocabulary.tokenizer_json()
 
     def _is_matrix(self, name: str) -> bool:
         return len(self.file.tensors[self._names[name]].shape) == 2
@@ -179,7 +179,7 @@ class GgufCheckpoint:
 
     def _eos_ids(self) -> tuple[int, ...]:
         named = {self._special(role) for role in ("eos", "eot", "eom")} - {None}
-        vocabulary = self._vocabulary
+        vocabulary = self.vocabulary
         known = {
             token
             for token, kind in enumerate(vocabulary.types)
@@ -232,7 +232,7 @@ def _spec(file: GgufFile) -> ModelSpec:
     layers = integer("block_count")
     if layers > len(file.tensors):
         raise CheckpointError(
-            f"{file.path}: {architecture}.block_count is {layers}, but the file has {len(file.tensors)} tensors in all"
+            f"{file.path}: {architecture}.block_count is {layers}, but there are only {len(file.tensors)} tensors"
         )
     epsilon = file.real(f"{architecture}.attention.layer_norm_rms_epsilon")
     base = file.real(f"{architecture}.rope.freq_base", 10000.0)

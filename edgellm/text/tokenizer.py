@@ -73,6 +73,8 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """What a token adds to the text: part of a character, or several; b"" for special and unknown ids."""
+        if not 0 <= token < self.vocab_size:
+            return b""
         known = self._cache.get(token)
         if known is None:
             known = self._cache[token] = self._spell(token)

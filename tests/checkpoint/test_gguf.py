@@ -90,7 +90,7 @@ def test_truncated_anywhere(tiny: Path, scratch: Path, data: st.DataObject) -> N
     whole = tiny.read_bytes()
     end = max(info.offset + info.size for info in GgufFile(tiny).tensors.values())  # padding may follow
     scratch.write_bytes(whole[: data.draw(st.integers(0, end - 1))])
-    with pytest.raises(CheckpointError, match="truncated|not a GGUF file"):
+    with pytest.raises(CheckpointError, match=r"truncated|not a GGUF file"):
         GgufFile(scratch)
 
 
