@@ -288,7 +288,7 @@ def new_engine(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.building-", dir=path.parent))
     except OSError as error:
-        raise BuildError(f"cannot create {path}: {error.strerror}") from error
+        raise BuildError(f"cannot create {path}: {error.strerror} ({error.filename})") from error
     try:
         draft.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would hide the engine from the daemon's user
         yield draft

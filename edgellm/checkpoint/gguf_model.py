@@ -232,7 +232,7 @@ def _spec(file: GgufFile) -> ModelSpec:
     layers = integer("block_count")
     if layers > len(file.tensors):
         raise CheckpointError(
-            f"{file.path}: {architecture}.block_count is {layers}, but there are only {len(file.tensors)} tensors"
+            f"{file.path}: {architecture}.block_count is {layers}, for {len(file.tensors)} tensors in all"
         )
     epsilon = file.real(f"{architecture}.attention.layer_norm_rms_epsilon")
     base = file.real(f"{architecture}.rope.freq_base", 10000.0)

@@ -1,0 +1,177 @@
+"""`edgellm build`: flags, files, and what a failure leaves."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf import GGMLQuantizationType as Type
+from ggufs import TEMPLATE, Llama, tokens
+
+from edgellm.cli import main
+from edgellm.enginedir import open_engine, verify_engine
+from edgellm.errors import BuildError, CheckpointError, UsageError
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    Llama().write(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", [Type.F16, Type.F32, Type.Q4_0, Type.Q4_1, Type.Q8_0])
+@pytest.mark.parametrize("compute", ["int8", "fp32"])
+def test_every_layout_becomes_an_engine(tmp_path: Path, kind: Type, compute: str) -> None:
+    Llama(linear=kind).write(tmp_path / "tiny.gguf")
+    engine = tmp_path / "engine"
+    assert main(["build", str(tmp_path / "tiny.gguf"), "-o", str(engine), "--compute", compute]) == 0
+    directory = open_engine(engine)
+    verify_engine(directory)
+    assert directory.compute == compute
+    assert {"model.onnx", "tokenizer.json", "chat_template.jinja"} < set(directory.config.edgellm.files)
+
+
+def test_what_the_engine_holds(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = tmp_path / "engine"
+    flags = [
+        "--max-batch-size",
+        "3",
+        "--max-seq-len",
+        "100",
+        "--max-num-tokens",
+        "32",
+        "--model-name",
+        "Tiny",
+    ]
+    assert main(["build", str(tiny), "-o", str(engine), *flags]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"{engine}: Tiny, ")
+    assert "3 slots of 100 tokens, steps of 32" in printed.out
+    assert printed.err == ""
+
+    directory = open_engine(engine)
+    build = directory.build
+    assert (build.max_batch_size, build.max_seq_len, build.max_num_tokens, build.max_input_len) == (
+        3,
+        100,
+        32,
+        99,
+    )
+    assert directory.spec.vocab_size == len(tokens())
+    assert (engine / "chat_template.jinja").read_text() == TEMPLATE
+    assert json.loads((engine / "generation_config.json").read_text()) == {
+        "bos_token_id": 1,
+        "eos_token_id": [0, 2],
+    }
+    template = directory.chat_template()
+    assert template is not None
+    assert template.render([{"role": "user", "content": "hello"}]) == (
+        "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    )
+    tokenizer = directory.tokenizer()
+    assert tokenizer.encode("hello").tolist() == [tokens().index("hello")]
+
+
+def test_defaults_fit_a_short_model(tiny: Path, tmp_path: Path) -> None:
+    assert main(["build", str(tiny), "-o", str(tmp_path / "engine")]) == 0
+    build = open_engine(tmp_path / "engine").build
+    assert (build.max_batch_size, build.max_seq_len, build.max_num_tokens) == (4, 128, 256)
+
+
+def test_a_model_without_a_template(tmp_path: Path) -> None:
+    Llama(keys={"tokenizer.chat_template": None}).write(tmp_path / "tiny.gguf")
+    assert main(["build", str(tmp_path / "tiny.gguf"), "-o", str(tmp_path / "engine")]) == 0
+    assert open_engine(tmp_path / "engine").chat_template() is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--max-batch-size", "0"], "--max-batch-size 0"),
+        (["--max-seq-len", "129"], "--max-seq-len 129: from 2 to the 128 tokens"),
+        (["--max-seq-len", "1"], "--max-seq-len 1"),
+        (["--max-num-tokens", "3"], "--max-num-tokens 3: from 4"),
+        (["--max-batch-size", "1", "--max-seq-len", "16", "--max-num-tokens", "17"], "to 16"),
+    ],
+)
+def test_sizes_that_make_no_sense(
+    tiny: Path, tmp_path: Path, flags: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["build", str(tiny), "-o", str(tmp_path / "engine"), *flags]) == UsageError.exit_code
+    assert named in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_models_name_instead_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["build", "smollm2-135m", "-o", str(tmp_path / "engine")]) == UsageError.exit_code
+    assert "edgellm fetch smollm2-135m" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"tokenizer.chat_template": "{% for %}"},
+        {"tokenizer.ggml.merges": ["x"]},
+        {"tokenizer.ggml.pre": "unheard-of"},
+        {"llama.rope.scaling.type": "yarn"},
+    ],
+)
+def test_a_bad_checkpoint_leaves_nothing(
+    tmp_path: Path, keys: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Llama(keys=keys).write(tmp_path / "tiny.gguf")
+    code = main(["build", str(tmp_path / "tiny.gguf"), "-o", str(tmp_path / "engine")])
+    assert code == CheckpointError.exit_code
+    assert "tiny.gguf" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [tmp_path / "tiny.gguf"]
+
+
+# A small limit on file sizes fails like a full disk does, in the middle of a write; SIGXFSZ must be ignored
+# for write(2) to return an error, which Python does.
+FULL_DISK = """
+import resource, sys
+from edgellm.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+sys.exit(main(["build", *sys.argv[2:]]))
+"""
+
+
+@pytest.mark.parametrize("limit", [1000, 20_000, 60_000])
+def test_a_write_that_fails_is_one_line_and_leaves_nothing(tiny: Path, tmp_path: Path, limit: int) -> None:
+    command = [sys.executable, "-c", FULL_DISK, str(limit), str(tiny), "-o", str(tmp_path / "engine")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == BuildError.exit_code, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert os.strerror(errno.EFBIG) in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sigterm_leaves_nothing(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "edgellm.model.onnx.emit", lambda *_args, **_more: signal.raise_signal(signal.SIGTERM)
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as caught:
+        main(["build", str(tiny), "-o", str(tmp_path / "engine")])
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.model
+def test_smollm2_builds_in_300_mb(smollm2_gguf: Path, tmp_path: Path) -> None:
+    """Peak resident memory of the whole process, Python and onnx included."""
+    command = [sys.executable, "-m", "edgellm", "build", str(smollm2_gguf), "-o", str(tmp_path / "engine")]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    assert child.returncode == 0
+    assert usage.ru_maxrss * 1024 <= 300e6
