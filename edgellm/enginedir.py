@@ -13,6 +13,7 @@ the 64 digits of that very field set to 0. A directory without a config.json is 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import json
@@ -46,6 +47,8 @@ GENERATION_CONFIG: Final = "generation_config.json"
 
 _CHUNK_BYTES: Final = 1 << 20
 _UNSEALED: Final = "0" * 64
+_AT_FDCWD: Final = -100
+_RENAME_EXCHANGE: Final = 2
 _SEAL: Final = re.compile(rb'("config_sha256": ")([0-9a-f]{64})(")')
 
 
@@ -392,18 +395,30 @@ def _sync(directory: Path) -> None:
             os.close(descriptor)
 
 
+def _exchange(one: Path, other: Path) -> None:
+    """Swap two directories in one step, renameat2(2) with RENAME_EXCHANGE; in three where it is missing."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    names = (_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other))
+    if hasattr(libc, "renameat2") and libc.renameat2(*names, _RENAME_EXCHANGE) == 0:
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{other.name}.old-", dir=other.parent))
+    other.rename(aside)
+    try:
+        one.rename(other)
+    except OSError:
+        aside.rename(other)
+        raise
+    aside.rename(one)
+
+
 def _move_into_place(draft: Path, path: Path) -> None:
+    """Rename; an engine that is there already changes places with the draft, which is then removed.
+
+    At no moment is there no engine, so a power cut cannot lose both. Files that a running daemon has open live
+    on until it closes them.
+    """
     if path.exists():
-        # rename(2) replaces empty directories only. The old engine steps aside; files that a running daemon
-        # has mapped live on until it closes them.
-        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
-        path.rename(old)
-        try:
-            draft.rename(path)
-        except OSError:
-            old.rename(path)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        _exchange(draft, path)
     else:
         draft.rename(path)
     descriptor = os.open(path.parent, os.O_RDONLY)

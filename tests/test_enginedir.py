@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
@@ -216,13 +217,34 @@ def test_a_failed_build_leaves_the_engine_that_was_there(tmp_path: Path) -> None
     assert _names(tmp_path) == ["engine"]
 
 
-def test_an_engine_is_replaced_and_one_that_is_open_lives_on(tmp_path: Path) -> None:
+class _OldLibc:
+    """A C library from before renameat2."""
+
+
+@pytest.mark.parametrize("libc", [None, _OldLibc()])
+def test_an_engine_is_replaced_and_one_that_is_open_lives_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, libc: object
+) -> None:
+    if libc is not None:
+        monkeypatch.setattr(ctypes, "CDLL", lambda *_args, **_more: libc)
     _write(tmp_path / "engine")
     with (tmp_path / "engine" / "model.onnx").open("rb") as still_open:
         _write(tmp_path / "engine", {"model.onnx": b"new"})
         assert still_open.read() == FILES["model.onnx"]
     directory = _open_and_verify(tmp_path / "engine")
     assert list(directory.config.edgellm.files) == ["model.onnx"]
+    assert _names(tmp_path) == ["engine"]
+
+
+def test_a_file_system_may_refuse_the_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refuses:
+        def renameat2(self, *_args: object) -> int:
+            return -1
+
+    _write(tmp_path / "engine")
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_args, **_more: Refuses())
+    _write(tmp_path / "engine", {"model.onnx": b"new"})
+    assert list(_open_and_verify(tmp_path / "engine").config.edgellm.files) == ["model.onnx"]
     assert _names(tmp_path) == ["engine"]
 
 

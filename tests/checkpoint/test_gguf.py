@@ -34,8 +34,8 @@ def _plain(value: object) -> object:
     return value.tolist() if isinstance(value, np.ndarray) else value
 
 
-def _compare_with_gguf_package(path: Path) -> None:
-    ours, theirs = GgufFile(path), gguf.GGUFReader(path)
+def _compare_with_gguf_package(path: Path, theirs: gguf.GGUFReader) -> None:
+    ours = GgufFile(path)
     fields = {key: field.contents() for key, field in theirs.fields.items() if not key.startswith("GGUF.")}
     assert {key: _plain(value) for key, value in ours.values.items()} == fields
     assert list(ours.tensors) == [tensor.name for tensor in theirs.tensors]
@@ -50,12 +50,14 @@ def _compare_with_gguf_package(path: Path) -> None:
 def test_header_and_bytes_are_what_the_gguf_package_reads(tmp_path: Path, alignment: int | None) -> None:
     path = tmp_path / "tiny.gguf"
     Llama(alignment=alignment).write(path)
-    _compare_with_gguf_package(path)
+    _compare_with_gguf_package(path, gguf.GGUFReader(path))
 
 
 @pytest.mark.model
-def test_real_file_is_what_the_gguf_package_reads(smollm2_gguf: Path) -> None:
-    _compare_with_gguf_package(smollm2_gguf)
+def test_real_file_is_what_the_gguf_package_reads(
+    smollm2_gguf: Path, smollm2_reader: gguf.GGUFReader
+) -> None:
+    _compare_with_gguf_package(smollm2_gguf, smollm2_reader)
 
 
 def test_every_value_type(tmp_path: Path) -> None:
@@ -76,7 +78,7 @@ def test_every_value_type(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    _compare_with_gguf_package(path)
+    _compare_with_gguf_package(path, gguf.GGUFReader(path))
 
 
 def test_block_sizes_are_those_of_the_gguf_package() -> None:

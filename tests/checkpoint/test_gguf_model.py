@@ -280,10 +280,12 @@ def test_large_finite_values_are_no_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.model
-def test_real_model_dequantizes_as_the_gguf_package_does(smollm2_gguf: Path) -> None:
+def test_real_model_dequantizes_as_the_gguf_package_does(
+    smollm2_gguf: Path, smollm2_reader: gguf.GGUFReader
+) -> None:
     checkpoint = open_checkpoint(smollm2_gguf)
     heads = {"attn_q": 9, "attn_k": 3}
-    for tensor in gguf.GGUFReader(smollm2_gguf).tensors:
+    for tensor in smollm2_reader.tensors:
         if not (tensor.name.startswith(("blk.0.", "blk.29.", "output_norm"))):
             continue
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
