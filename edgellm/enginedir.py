@@ -414,8 +414,8 @@ def _exchange(one: Path, other: Path) -> None:
 def _move_into_place(draft: Path, path: Path) -> None:
     """Rename; an engine that is there already changes places with the draft, which is then removed.
 
-    At no moment is there no engine, so a power cut cannot lose both. Files that a running daemon has open live
-    on until it closes them.
+    At no moment is there no engine, so a power cut cannot lose both. Files that a running daemon has open
+    live on until it closes them.
     """
     if path.exists():
         _exchange(draft, path)
