@@ -62,10 +62,6 @@ class BareBench:
         self._once(workload, tokens=workload.tokens if workload.kind == "pp" else WARM_UP_TOKENS)
         return [self._once(workload) for _ in range(repetitions)]
 
-    def again(self, workload: Workload) -> float:
-        """One repetition of the workload that `run` ran last, without a warm-up: seconds."""
-        return self._once(workload)
-
     def _fill(self, workload: Workload) -> None:
         """Give every slot its `depth` tokens: computed once, copied to the others.
 

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 UNAVAILABLE = 69
 """sysexits(3): a service is not available."""
 
-READY_TIMEOUT_S = 60.0
-
 MERGED = 1.05
 """Tokens in a delta on average from which a reader should know."""
 
@@ -62,6 +60,7 @@ ENDPOINT = {
     ),
     "slo_ttft_ms": _Flag(("--slo-ttft-ms",), None, float, "MS", "goodput: time to first token"),
     "slo_itl_ms": _Flag(("--slo-itl-ms",), None, float, "MS", "goodput: a request's mean time per token"),
+    "wait": _Flag(("--wait",), 60.0, float, "S", "for the daemon to be ready (default 60)"),
     "timeout": _Flag(("--timeout",), 60.0, float, "S", "give up after hearing nothing (default 60)"),
     "seed": _Flag(("--seed",), None, int, "N", "of prompts and arrivals (default: another one each run)"),
 }
@@ -166,7 +165,7 @@ def _endpoint(args: argparse.Namespace) -> Report:
     levels = list(_levels(args))
     objectives = through.Objectives(args.slo_ttft_ms, args.slo_itl_ms)
     with Client(args.endpoint) as client:
-        client.wait_ready(READY_TIMEOUT_S)
+        client.wait_ready(args.wait)
         model = client.model()
         _check_fits(args, model)
         pool = client.tokenize(PASSAGE)

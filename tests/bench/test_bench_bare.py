@@ -95,13 +95,3 @@ def test_the_warm_up_is_not_measured() -> None:
     seconds = measure(executor, Workload("tg", 40), 2)
     assert len(executor.steps) == WARM_UP_TOKENS + 2 * 40
     assert len(seconds) == 2
-
-
-def test_again_repeats_without_filling_or_warming_up() -> None:
-    executor = TimedExecutor()
-    bench = BareBench(executor, clock=lambda: executor.now)
-    workload = Workload("tg", 6, depth=20, batch=2)
-    (first,) = bench.run(workload, 1)
-    before = len(executor.steps)
-    assert bench.again(workload) == first
-    assert len(executor.steps) - before == 6
