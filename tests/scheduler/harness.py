@@ -34,6 +34,7 @@ class Record:
         return (
             self.slot is not None
             and self.end is None
+            and self.asked is None
             and self.prompt_fed == len(self.request.prompt)
             and self.sampled < self.request.max_tokens
         )
