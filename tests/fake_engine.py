@@ -7,8 +7,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import msgpack
+import msgspec
 import numpy as np
+import zmq
 from numpy.typing import NDArray
 
 from edgellm.enginedir import BuildConfig, EdgellmSection, EngineConfig, EngineDir, PretrainedConfig
@@ -164,9 +168,8 @@ class Service:
     """A server on a socket in `directory`, with a fake engine behind it."""
 
     def __init__(self, directory: Path, config: ServerConfig | None = None, *, ready: bool = True) -> None:
-        config = config or ServerConfig()
-        self.endpoint = config.endpoint or f"ipc://{directory}/edgellm.sock"
-        self.server = Server(structs_replace(config, self.endpoint))
+        self.endpoint = f"ipc://{directory}/edgellm.sock"
+        self.server = Server(msgspec.structs.replace(config or ServerConfig(), endpoint=self.endpoint))
         self.engine = FakeEngine(self.server.deliver)
         self.server.bind()
         self.server.start()
@@ -185,8 +188,55 @@ class Service:
     def close(self) -> None:
         self.server.close(flush_s=0.2)
 
+    def __enter__(self) -> Service:
+        return self
 
-def structs_replace(config: ServerConfig, endpoint: str) -> ServerConfig:
-    import msgspec
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
-    return msgspec.structs.replace(config, endpoint=endpoint)
+
+class Peer:
+    """A client that knows no more than docs/protocol.md says: a socket and msgpack."""
+
+    def __init__(self, endpoint: str, kind: int = zmq.DEALER, **options: int) -> None:
+        self._context = zmq.Context()
+        self.socket = self._context.socket(kind)
+        self.socket.linger = 0
+        for name, value in options.items():
+            self.socket.setsockopt(getattr(zmq, name), value)
+        self.socket.connect(endpoint)
+
+    def send(self, **fields: Any) -> None:
+        self.socket.send(msgpack.packb({"v": 1, **fields}))
+
+    def receive(self, timeout: float = 5.0) -> dict[str, Any]:
+        assert self.socket.poll(int(1000 * timeout)), "no answer"
+        reply: dict[str, Any] = msgpack.unpackb(self.socket.recv(), strict_map_key=False)
+        assert reply["v"] == 1
+        return reply
+
+    def ask(self, **fields: Any) -> dict[str, Any]:
+        self.send(**fields)
+        return self.receive()
+
+    def until_end(self, id_: object) -> list[dict[str, Any]]:
+        """All replies up to the final one of a request; there must be none of others."""
+        replies = [self.receive()]
+        while replies[-1]["ev"] not in ("done", "error"):
+            replies.append(self.receive())
+        assert {reply["id"] for reply in replies} == {id_}
+        return replies
+
+    def silent(self) -> bool:
+        """Whether nothing has arrived beside the answer to one more question."""
+        answer = self.ask(id="silent?", op="health")
+        return (answer["id"], answer["ev"]) == ("silent?", "health")
+
+    def vanish(self) -> None:
+        self._context.destroy(linger=0)
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.vanish()

@@ -126,7 +126,7 @@ def _options(args: argparse.Namespace) -> Options:
         "priority",
     ):
         if (value := getattr(args, name)) is not None:
-            options[name] = value  # type: ignore[literal-required]
+            options[name] = value
     return options
 
 

@@ -7,7 +7,8 @@ admission.py    a wire request → tokens, limits, defaults
 stream.py       one open request: text, stop strings, deltas, the final message
 connection.py   one client: its open requests, what waits to be sent
 served.py       what is served, as seen from here
-server.py       the loop
+exchange.py     all connections and open requests: hear, take, send, bury
+server.py       the thread and its loop
 """
 
 from edgellm.server.served import EngineHandle, EngineStats, ServedModel

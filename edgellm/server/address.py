@@ -100,8 +100,10 @@ class Address:
             ) from None
 
     def release(self) -> None:
-        """Let go of the lock; idempotent."""
+        """Remove the socket file, if it was bound, and let go of the lock; idempotent."""
         if self._lock is not None:
+            with contextlib.suppress(OSError):
+                self._clear_stale()
             os.close(self._lock)
             self._lock = None
 

@@ -8,8 +8,8 @@ from edgellm.protocol import Reply, encode
 from edgellm.server.access import Grant, Peer
 from edgellm.server.stream import Stream
 
-MAX_WAITING_REPLIES = 1024
-"""Replies that may wait for a client that does not read; a client that keeps asking beyond it is dropped."""
+MAX_WAITING_BYTES = 8 << 20
+"""Replies that may wait for a client that does not read; one that asks on beyond it is dropped."""
 
 
 class Connection:
@@ -27,17 +27,20 @@ class Connection:
         self.grant = grant
         self.streams: dict[str | int, Stream] = {}
         self.blocked_since: float | None = None
+        self._waiting_bytes = 0
         self._replies: deque[tuple[bytes, bool]] = deque()
         self._due: dict[int, Stream] = {}  # by key, in the order in which they had something to say
 
     @property
     def overrun(self) -> bool:
         """Whether more waits for the client than is kept."""
-        return len(self._replies) > MAX_WAITING_REPLIES
+        return self._waiting_bytes > MAX_WAITING_BYTES
 
     def reply(self, reply: Reply, delimited: bool) -> None:
         """Queue a reply that is whole by itself."""
-        self._replies.append((encode(reply), delimited))
+        payload = encode(reply)
+        self._waiting_bytes += len(payload)
+        self._replies.append((payload, delimited))
 
     def wake(self, stream: Stream) -> None:
         """One of the connection's requests may have something to send."""
@@ -57,7 +60,7 @@ class Connection:
     def advance(self) -> None:
         """`next`'s payload was sent."""
         if self._replies:
-            self._replies.popleft()
+            self._waiting_bytes -= len(self._replies.popleft()[0])
             return
         stream = next(iter(self._due.values()))
         stream.advance()

@@ -17,7 +17,7 @@ from edgellm.server.access import Peer
 from edgellm.server.address import FIELD, Address, Umask
 from edgellm.server_config import ServerConfig
 
-SEND_HIGH_WATER = 256
+SEND_HIGH_WATER = 64
 """Messages that may wait for one peer inside libzmq; beyond it a request's deltas merge here."""
 
 RECEIVE_HIGH_WATER = 32
@@ -95,9 +95,9 @@ class Router:
     def _bind(self) -> None:
         mode = int(self._config.socket_mode, 8)
         self.socket = socket = self._context.socket(zmq.ROUTER)
-        socket.setsockopt(
-            zmq.ROUTER_MANDATORY, 1
-        )  # sends to a full or vanished peer fail instead of vanishing
+        # Sends to a full or vanished peer fail instead of vanishing. ROUTER_HANDOVER stays off: with it a
+        # peer that claims another's routing id would be sent the other's answers.
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         socket.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER)
         socket.setsockopt(zmq.RCVHWM, RECEIVE_HIGH_WATER)
         socket.setsockopt(zmq.MAXMSGSIZE, max(HARD_LIMIT_BYTES, 4 * self._config.max_message_bytes))
