@@ -66,9 +66,10 @@ class Tokenizer:
             BadRequest: the text holds a lone surrogate, which no UTF-8 text does.
         """
         try:
-            ids = self._inner.encode(text, add_special_tokens=False).ids
-        except (UnicodeEncodeError, TypeError) as error:
+            text.encode()  # what tokenizers does with a surrogate differs from version to version
+        except UnicodeEncodeError as error:
             raise BadRequest("the text is not valid Unicode: it holds a lone surrogate") from error
+        ids = self._inner.encode(text, add_special_tokens=False).ids
         return np.array(self._bos + ids if bos else ids, np.int32)
 
     def token_bytes(self, token: int) -> bytes:
