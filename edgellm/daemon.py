@@ -203,6 +203,5 @@ def _make_executor(config: Config, directory: EngineDir) -> Executor:
         directory.path,
         directory.spec,
         threads=wanted.threads or len(os.sched_getaffinity(0)),
-        kv_dtype=wanted.kv_dtype,
         **limits,
     )

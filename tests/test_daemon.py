@@ -1,0 +1,185 @@
+"""The daemon as a process, with the real model: it answers, drains, refuses, and its exit codes say why."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgpack
+import pytest
+import zmq
+
+from edgellm import Client
+from edgellm.errors import RequestError
+
+pytestmark = pytest.mark.model
+
+READY_S = 30.0
+EXIT_S = 20.0
+QUESTION = "What is the capital of France? Answer in one sentence."
+
+
+@contextmanager
+def daemon(engine: Path, endpoint: str, *flags: str) -> Iterator[subprocess.Popen[str]]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("EDGELLM_")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edgellm", "serve", str(engine), "--endpoint", endpoint, *flags],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def endpoint(tmp_path: Path) -> str:
+    return f"ipc://{tmp_path}/e.sock"
+
+
+def stop(process: subprocess.Popen[str]) -> tuple[int, str]:
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=EXIT_S)
+    return process.returncode, log
+
+
+def test_it_answers_as_the_readme_says_and_drains(smollm2_engine: Path, endpoint: str) -> None:
+    with daemon(smollm2_engine, endpoint) as process, Client(endpoint) as client:
+        client.wait_ready(READY_S)
+        answer = client.chat(QUESTION, temperature=0, max_tokens=24)
+        assert "Paris" in answer.text
+        assert answer.finish_reason in ("stop", "length")
+
+        # A bare REQ socket, as in the README.
+        with zmq.Context() as context, context.socket(zmq.REQ) as socket:
+            socket.connect(endpoint)
+            messages = [{"role": "user", "content": QUESTION}]
+            fields = {"v": 1, "id": 1, "op": "chat", "messages": messages, "temperature": 0, "max_tokens": 24}
+            socket.send(msgpack.packb(fields))
+            assert socket.poll(10_000)
+            assert msgpack.unpackb(socket.recv())["text"] == answer.text
+            socket.close(linger=0)
+
+        code, log = stop(process)
+    assert code == 0
+    assert "READY in" in log
+    assert "capital" not in log
+    assert "Paris" not in log
+
+
+def test_the_same_seed_gives_the_same_text(smollm2_engine: Path, endpoint: str) -> None:
+    with daemon(smollm2_engine, endpoint) as process, Client(endpoint) as client:
+        client.wait_ready(READY_S)
+        texts = [
+            client.chat("Name a colour.", temperature=1.5, seed=seed, max_tokens=32).text
+            for seed in (7, 7, 8)
+        ]
+        assert texts[0] == texts[1]
+        assert texts[0] != texts[2]
+        assert stop(process)[0] == 0
+
+
+def test_sigterm_lets_an_open_answer_finish_and_refuses_new_ones(smollm2_engine: Path, endpoint: str) -> None:
+    with daemon(smollm2_engine, endpoint) as process, Client(endpoint) as client:
+        client.wait_ready(READY_S)
+        with client.stream_chat("Count.", temperature=0, ignore_eos=True, max_tokens=100) as stream:
+            next(stream)
+            process.send_signal(signal.SIGTERM)
+            with pytest.raises(RequestError) as refused:
+                while True:
+                    client.chat("Hello.", max_tokens=1)
+                    time.sleep(0.01)
+            assert refused.value.code == "shutting_down"
+            tokens = sum(len(delta.tokens) for delta in stream)
+        assert tokens >= 90
+        process.communicate(timeout=EXIT_S)
+    assert process.returncode == 0
+
+
+def test_a_drain_that_takes_too_long_ends_what_is_open(smollm2_engine: Path, endpoint: str) -> None:
+    with (
+        daemon(smollm2_engine, endpoint, "--drain-timeout", "0.2") as process,
+        Client(endpoint) as client,
+    ):
+        client.wait_ready(READY_S)
+        with (
+            client.stream_chat("Count.", temperature=0, ignore_eos=True, max_tokens=900) as stream,
+            pytest.raises(RequestError) as ended,
+        ):
+            next(stream)
+            started = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            for _ in stream:
+                pass
+        assert ended.value.code == "shutting_down"
+        process.communicate(timeout=EXIT_S)
+        assert time.monotonic() - started < 1.2
+    assert process.returncode == 0
+
+
+def test_a_second_daemon_refuses_the_socket(smollm2_engine: Path, endpoint: str) -> None:
+    with daemon(smollm2_engine, endpoint) as first, Client(endpoint) as client:
+        client.wait_ready(READY_S)
+        with daemon(smollm2_engine, endpoint) as second:
+            _, log = second.communicate(timeout=EXIT_S)
+        assert second.returncode == 78
+        assert f"process {first.pid}" in log
+        assert client.chat("Hello.", max_tokens=2).text
+        assert stop(first)[0] == 0
+
+
+def test_a_flipped_byte_is_found_and_named(smollm2_engine: Path, endpoint: str, tmp_path: Path) -> None:
+    engine = tmp_path / "engine"
+    shutil.copytree(smollm2_engine, engine)
+    data = engine / "model.onnx.data"
+    with data.open("r+b") as file:
+        file.seek(data.stat().st_size // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    with daemon(engine, endpoint) as process:
+        _, log = process.communicate(timeout=EXIT_S)
+    assert process.returncode == 66
+    assert "model.onnx.data is not as it was built" in log
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (["--max-seq-len", "4096"], 78, "engine.max_seq_len = 4096"),
+        (["--max-batch-size", "5"], 78, "--max-batch-size 4"),
+        (["--threads", "none"], 78, "engine.threads"),
+        (["--set", "server.max_quque=1"], 78, "server.max_queue"),
+        (["--set", "nonsense"], 64, "KEY=VALUE"),
+        (["--config", "/nonexistent.toml"], 78, "/nonexistent.toml"),
+        (["--endpoint", "tcp://127.0.0.1:5555"], 78, "CURVE"),
+        (["--endpoint", "ipc:///proc/edgellm/e.sock"], 78, "server.endpoint"),
+    ],
+)
+def test_what_can_never_work_says_so_and_exits_for_good(
+    smollm2_engine: Path, endpoint: str, flags: list[str], code: int, words: str
+) -> None:
+    with daemon(smollm2_engine, endpoint, *flags) as process:
+        _, log = process.communicate(timeout=EXIT_S)
+    assert process.returncode == code, log
+    assert words in log
+    assert "Traceback" not in log
+
+
+def test_a_missing_engine_is_named(endpoint: str, tmp_path: Path) -> None:
+    with daemon(tmp_path / "none", endpoint) as process:
+        _, log = process.communicate(timeout=EXIT_S)
+    assert process.returncode == 66
+    assert "edgellm build" in log
