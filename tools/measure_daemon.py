@@ -1,0 +1,330 @@
+"""Measure what the daemon costs and adds, in one run on one machine, and print it as a table.
+
+    python tools/measure_daemon.py ENGINE --markdown
+
+Two daemons are started, one after the other:
+    as deployed   --slots × --seq-len: READY by phase, idle CPU, request → accepted, peak memory once every
+                  slot was full
+    one thread    decode through the socket against the bare executor in this process, alternating, per batch
+
+ENGINE needs as many slots as the largest batch: `edgellm build … --max-batch-size 8`. Ends with 1 if a figure
+that has a target misses it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from edgellm.bench.bare import BareBench
+from edgellm.bench.endpoint import latencies, steady_decode_rate
+from edgellm.bench.executors import engine_facts, load_executor, threads_of
+from edgellm.bench.load import Load
+from edgellm.bench.prompts import PASSAGE, Prompts
+from edgellm.bench.report import Column, Report, show
+from edgellm.bench.statistics import Interval, ratio_of_medians, summarize
+from edgellm.bench.workloads import Workload
+from edgellm.client import Client
+from edgellm.enginedir import EngineDir, open_engine
+from edgellm.errors import EdgellmError, ExecutorFault, UsageError
+
+BATCHES = (1, 8)
+DEPTH = 16
+"""Tokens in front of the decode that is compared: short, so that all requests start at about the same time."""
+
+START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 30.0
+PAUSE_S = 0.02
+"""Between round trips: the daemon has gone back to sleep."""
+
+_READY = re.compile(r"READY in (?P<total>[\d.]+) s \((?P<phases>[^)]*)\)")
+_MEMORY = re.compile(r"memory: (?P<part>.+) (?P<size>[\d.]+) MB$", re.MULTILINE)
+
+TARGETS = {
+    "ready_s": ("≤", 1.5),
+    "idle_cpu_percent": ("≤", 1.0),
+    "accepted_ms_p99": ("≤", 2.0),
+    "peak_rss_mb": ("≤", 480.0),
+    "socket_ratio": ("≥", 0.95),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Daemon:
+    """A daemon that is READY: what it said on the way there."""
+
+    process: psutil.Process
+    endpoint: str
+    ready_s: float
+    phases: dict[str, float]
+    memory_mb: dict[str, float]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print; 1 if a target is missed."""
+    args = _parse(argv)
+    try:
+        engine = open_engine(args.engine)
+        _check(engine, args)
+        rows = [*_as_deployed(args), *_through_socket(engine, args)]
+    except EdgellmError as error:
+        print(f"measure_daemon: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", 1)
+    report = Report(
+        facts={
+            **engine_facts(engine, args.threads),
+            "as deployed": f"{args.slots} slots of {args.seq_len} tokens, {threads_of(args.threads)} threads",
+            "decode compared": f"1 thread, {args.rounds} alternating rounds, {args.tokens} tokens"
+            f" behind {DEPTH}, medians, 95 % bootstrap interval of the ratio",
+        },
+        columns=(
+            Column("figure", ("figure",), right=False),
+            Column("target", ("target",), right=False),
+            Column("measured", ("shown",), right=False),
+            Column("met", ("met",), right=False),
+        ),
+        rows=rows,
+    )
+    show(report, args.form)
+    return 1 if any(row["met"] == "no" for row in rows) else 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("engine", type=Path, metavar="ENGINE")
+    parser.add_argument("--slots", type=int, default=4, help="of the daemon as deployed (default 4)")
+    parser.add_argument("--seq-len", type=int, default=1024, help="tokens of a slot there (default 1024)")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="CPU threads there (default: as many as cores)"
+    )
+    parser.add_argument("--starts", type=int, default=5, help="starts that are timed (default 5)")
+    parser.add_argument("--round-trips", type=int, default=500, help="request → accepted (default 500)")
+    parser.add_argument("--idle", type=float, default=10.0, help="seconds of idling (default 10)")
+    parser.add_argument("--rounds", type=int, default=12, help="bare against socket (default 12)")
+    parser.add_argument("--tokens", type=int, default=64, help="generated in each round (default 64)")
+    form = parser.add_mutually_exclusive_group()
+    for name in ("json", "csv", "markdown"):
+        form.add_argument(f"--{name}", dest="form", action="store_const", const=name)
+    return parser.parse_args(argv)
+
+
+def _check(engine: EngineDir, args: argparse.Namespace) -> None:
+    needs = {
+        "--max-batch-size": (engine.build.max_batch_size, max(args.slots, *BATCHES)),
+        "--max-seq-len": (engine.build.max_seq_len, max(args.seq_len, DEPTH + args.tokens)),
+    }
+    for flag, (has, needed) in needs.items():
+        if has < needed:
+            raise UsageError(f"{engine.path} was built with {flag} {has}: build one with {flag} {needed}")
+    for name in ("slots", "starts", "round_trips", "rounds"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if args.tokens < 2:
+        raise UsageError(f"--tokens {args.tokens}: a rate needs at least 2")
+
+
+def _as_deployed(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """READY, idle CPU, round trips, memory."""
+    flags = ["--max-batch-size", str(args.slots), "--max-seq-len", str(args.seq_len)]
+    if args.threads:
+        flags += ["--threads", str(args.threads)]
+    starts = []
+    for _ in range(args.starts - 1):
+        with _daemon(args.engine, *flags) as daemon:
+            starts.append(daemon)
+    with _daemon(args.engine, *flags) as daemon:
+        starts.append(daemon)
+        # Once it has worked, not before: what it idles like after its first requests is what counts.
+        _fill_slots(daemon, args)
+        idle = _idle_cpu(daemon.process, args.idle)
+        accepted = summarize(_round_trips(daemon, args.round_trips))
+        memory = _memory_mb(daemon.process)
+    yield from _ready_rows(starts)
+    yield _row("idle CPU, % of a core", idle, "{:.2f}", target="idle_cpu_percent")
+    yield _row("request → accepted p50, ms", accepted.p50, "{:.2f}")
+    yield _row("request → accepted p99, ms", accepted.p99, "{:.2f}", target="accepted_ms_p99")
+    yield _row("peak RSS, MB", memory.pop("peak"), "{:.0f}", target="peak_rss_mb")
+    for part, size in {**daemon.memory_mb, **memory}.items():
+        yield _row(f"… {part}, MB", size, "{:.0f}")
+
+
+def _ready_rows(starts: Sequence[Daemon]) -> Iterator[dict[str, Any]]:
+    ready = summarize([start.ready_s for start in starts])
+    spread = f" ({ready.least:.2f} … {ready.most:.2f} in {ready.n} starts)"
+    yield _row("READY from exec, s", ready.median, "{:.2f}" + spread, target="ready_s")
+    for phase in starts[0].phases:
+        median = summarize([start.phases[phase] for start in starts]).median
+        yield _row(f"… {phase}, s", median, "{:.2f}")
+
+
+def _through_socket(engine: EngineDir, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Decode through the socket against the bare executor, at each batch."""
+    slots = max(BATCHES)
+    flags = ["--max-batch-size", str(slots), "--threads", "1"]
+    bare: dict[int, list[float]] = {batch: [] for batch in BATCHES}
+    socket: dict[int, list[float]] = {batch: [] for batch in BATCHES}
+    with _daemon(args.engine, *flags) as daemon, Load(daemon.endpoint) as load:
+        prompts = _prompts(daemon, DEPTH)
+        executor = load_executor(engine, slots=slots, threads=1, progress=lambda _name, _fraction: None)
+        bench = BareBench(executor)
+        try:
+            for number in range(args.rounds):
+                for batch in BATCHES:
+                    # Whoever goes first meets another machine than whoever goes second: they take turns.
+                    sides = [
+                        (bare, lambda batch=batch: _bare_rate(bench, batch, args.tokens)),
+                        (socket, lambda batch=batch: _socket_rate(load, prompts, batch, args.tokens)),
+                    ]
+                    for rates, measure in sides if number % 2 == 0 else reversed(sides):
+                        rates[batch].append(measure())
+        finally:
+            executor.close()
+    for batch in BATCHES:
+        ratio = ratio_of_medians(socket[batch], bare[batch])
+        yield _row(f"bare executor, batch {batch}, tokens/s", summarize(bare[batch]).median, "{:.1f}")
+        yield _row(f"through the socket, batch {batch}, tokens/s", summarize(socket[batch]).median, "{:.1f}")
+        yield _ratio_row(f"socket ÷ bare, batch {batch}", ratio)
+
+
+def _bare_rate(bench: BareBench, batch: int, tokens: int) -> float:
+    workload = Workload("tg", tokens, DEPTH, batch)
+    (seconds,) = bench.run(workload, 1)
+    return workload.total_tokens / seconds
+
+
+def _socket_rate(load: Load, prompts: Prompts, batch: int, tokens: int) -> float:
+    return steady_decode_rate(load.closed(prompts.take(batch), tokens, batch))
+
+
+@contextlib.contextmanager
+def _daemon(engine: Path, *flags: str) -> Iterator[Daemon]:
+    """A daemon on a socket of its own; it must end with 0 when told to."""
+    with tempfile.TemporaryDirectory(prefix="edgellm-measure-") as folder:
+        endpoint = f"ipc://{folder}/edgellm.sock"
+        log = Path(folder) / "log"
+        command = [sys.executable, "-m", "edgellm", "serve", str(engine), "--endpoint", endpoint, *flags]
+        with log.open("wb") as stderr:
+            process = subprocess.Popen(command, stderr=stderr)
+        try:
+            yield _wait_ready(process, endpoint, log)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                code = process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                code = process.wait()
+        if code != 0:
+            raise ExecutorFault(f"the daemon ended with {code}: {log.read_text().strip()}")
+
+
+def _wait_ready(process: subprocess.Popen[bytes], endpoint: str, log: Path) -> Daemon:
+    end = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < end and process.poll() is None:
+        text = log.read_text()
+        if ready := _READY.search(text):
+            phases = (phase.rsplit(" ", 1) for phase in ready["phases"].split(", "))
+            return Daemon(
+                process=psutil.Process(process.pid),
+                endpoint=endpoint,
+                ready_s=float(ready["total"]),
+                phases={name: float(seconds) for name, seconds in phases},
+                memory_mb={each["part"]: float(each["size"]) for each in _MEMORY.finditer(text)},
+            )
+        time.sleep(0.05)
+    raise ExecutorFault(f"the daemon did not become ready: {log.read_text().strip()}")
+
+
+def _prompts(daemon: Daemon, length: int) -> Prompts:
+    with Client(daemon.endpoint) as client:
+        return Prompts(client.tokenize(PASSAGE), length=length, seed=0)
+
+
+def _fill_slots(daemon: Daemon, args: argparse.Namespace) -> None:
+    """Use every slot to its end, so that all memory that the daemon will ever touch is touched."""
+    answer = min(32, args.seq_len - 1)
+    prompts = _prompts(daemon, args.seq_len - answer)
+    with Load(daemon.endpoint) as load:
+        traces = load.closed(prompts.take(args.slots), answer, args.slots)
+    if errors := [trace.error for trace in traces if not trace.ok]:
+        raise ExecutorFault(f"the daemon could not fill its slots: {errors}")
+
+
+def _round_trips(daemon: Daemon, count: int) -> list[float]:
+    """Milliseconds from request to accepted, of one request at a time on the idle daemon."""
+    found = []
+    prompts = _prompts(daemon, 8)
+    with Load(daemon.endpoint) as load:
+        load.closed(prompts.take(1), 1, 1)
+        for prompt in prompts.take(count):
+            time.sleep(PAUSE_S)
+            (trace,) = load.closed([prompt], 1, 1)
+            found += latencies(trace)["accepted_ms"]
+    return found
+
+
+def _idle_cpu(process: psutil.Process, seconds: float) -> float:
+    """Percent of one core that the process takes while nobody asks for anything."""
+    time.sleep(1.0)  # what the last request left to do is done
+    before, started = _cpu_s(process.pid), time.monotonic()
+    time.sleep(seconds)
+    after, ended = _cpu_s(process.pid), time.monotonic()
+    return 100 * (after - before) / (ended - started)
+
+
+def _cpu_s(pid: int) -> float:
+    """Seconds that all threads have run. schedstat counts nanoseconds, where stat counts ticks of 10 ms."""
+    threads = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
+
+
+def _memory_mb(process: psutil.Process) -> dict[str, float]:
+    """proc(5) status: the peak of the resident set, and what is resident now."""
+    wanted = {"VmHWM": "peak", "RssAnon": "anonymous at the end", "RssFile": "mapped files at the end"}
+    found = {}
+    for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name in wanted:
+            found[wanted[name]] = int(value.split()[0]) * 1024 / 1e6
+    return found
+
+
+def _row(figure: str, value: float, form: str, *, target: str | None = None) -> dict[str, Any]:
+    sign, bound = TARGETS[target] if target else ("", math.nan)
+    met = value <= bound if sign == "≤" else value >= bound
+    return {
+        "figure": figure,
+        "target": f"{sign} {bound:g}" if target else "",
+        "measured": value,
+        "low": math.nan,
+        "high": math.nan,
+        "shown": form.format(value),
+        "met": ("yes" if met else "no") if target else "",
+    }
+
+
+def _ratio_row(figure: str, ratio: Interval) -> dict[str, Any]:
+    row = _row(figure, ratio.value, "{:.3f}", target="socket_ratio")
+    return {
+        **row,
+        "low": ratio.low,
+        "high": ratio.high,
+        "shown": f"{row['shown']} [{ratio.low:.3f}, {ratio.high:.3f}]",
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
