@@ -38,7 +38,7 @@ NEWER_THAN_249 = {
     "RestrictFileSystems": 250,
     "StartupMemoryMax": 252,
 }
-"""Directives that systemd 245 (Ubuntu 20.04) and 249 (22.04) do not know, by the version that brought them."""
+"""Directives that systemd 245 (Ubuntu 20.04) and 249 (22.04) lack, by the version that brought them."""
 
 
 def directives(unit: Path) -> dict[str, list[str]]:

@@ -1,0 +1,117 @@
+"""The socket's directory, and the unit as systemd sees it."""
+
+from __future__ import annotations
+
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from edgellm.doctor.configuration import CONFIGURATION, read_configuration
+from edgellm.doctor.finding import Finding, Level
+from edgellm.doctor.host import Host
+
+UNIT = "edgellm.service"
+UNIT_DIRECTORIES = (
+    "etc/systemd/system",
+    "run/systemd/system",
+    "usr/lib/systemd/system",
+    "lib/systemd/system",
+)
+OLDEST_SYSTEMD = 245
+PROPERTIES = ("LoadState", "ActiveState", "SubState", "Result", "ExecMainStatus", "NRestarts", "StatusText")
+DEFAULT_ENDPOINT = "ipc:///run/edgellm/edgellm.sock"
+
+
+def check_service(host: Host) -> Iterator[Finding]:
+    """Where clients would connect, and how the service does."""
+    yield _socket_directory(host)
+    yield _systemd(host)
+    yield _unit(host)
+
+
+def _socket_directory(host: Host) -> Finding:
+    config = read_configuration(host)[0] if host.path(CONFIGURATION).exists() else None
+    endpoint = (config.server.endpoint if config else None) or DEFAULT_ENDPOINT
+    scheme, _, path = endpoint.partition("://")
+    if scheme != "ipc":
+        return Finding("socket", Level.OK, endpoint, "not a file")
+    directory = host.path(str(Path(path).parent))
+    shown = f"{Path(path).parent}"
+    try:
+        status = directory.stat()
+    except FileNotFoundError:
+        return Finding("socket", Level.OK, f"{shown} does not exist", "the unit makes it when it starts")
+    except OSError as error:
+        return Finding(
+            "socket",
+            Level.WARN,
+            f"{shown}: {error.strerror}",
+            "this user is not one of the service's clients",
+            "usermod --append --groups edgellm USER, or run the doctor as root",
+        )
+    mode = stat.S_IMODE(status.st_mode)
+    value = f"{shown} has mode {mode:04o}"
+    if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        return Finding(
+            "socket",
+            Level.FAIL,
+            value,
+            "anyone can put a socket of his own in its place",
+            f"chmod 0750 {shown}, or let the unit make it (RuntimeDirectory)",
+        )
+    return Finding("socket", Level.OK, value)
+
+
+def _systemd(host: Host) -> Finding:
+    output = host.run(["systemctl", "--version"]) if host.run else None
+    if output is None:
+        why = "no systemctl here: edgellm serve runs by hand" if host.live else "another system's root"
+        return Finding("systemd", Level.OK, "not asked", why)
+    found = re.match(r"systemd (\d+)", output)
+    version = int(found[1]) if found else 0
+    if version < OLDEST_SYSTEMD:
+        return Finding(
+            "systemd",
+            Level.WARN,
+            f"version {version or 'unknown'}",
+            f"the unit is written for {OLDEST_SYSTEMD} and later: older ones ignore parts of it",
+            "systemd-analyze verify edgellm.service says which",
+        )
+    return Finding("systemd", Level.OK, f"version {version}")
+
+
+def _unit(host: Host) -> Finding:
+    if not any(host.path(f"{directory}/{UNIT}").exists() for directory in UNIT_DIRECTORIES):
+        return Finding("unit", Level.OK, f"{UNIT} is not installed", "tools/install.sh installs it")
+    if host.run is None:
+        return Finding(
+            "unit", Level.OK, f"{UNIT} is installed", "another system's root: its state is not asked"
+        )
+    output = host.run(["systemctl", "show", UNIT, *(f"--property={name}" for name in PROPERTIES)])
+    state = dict(line.split("=", 1) for line in (output or "").splitlines() if "=" in line)
+    active = state.get("ActiveState", "")
+    value = f"{active} ({state.get('SubState', '?')})"
+    restarts = state.get("NRestarts", "0")
+    if not active or state.get("LoadState") != "loaded":
+        return Finding(
+            "unit", Level.OK, f"{UNIT} is installed", "systemd does not run here, or has not read it yet"
+        )
+    if active == "failed":
+        code = state.get("ExecMainStatus", "?")
+        return Finding(
+            "unit",
+            Level.FAIL,
+            f"failed: {state.get('Result', '?')}, exit code {code}",
+            "docs/operations.md says what the codes mean",
+            f"journalctl --unit {UNIT} --lines 20",
+        )
+    if restarts not in {"", "0"}:
+        return Finding(
+            "unit",
+            Level.WARN,
+            f"{value}, restarted {restarts} times",
+            "it failed before",
+            f"journalctl --unit {UNIT} --priority warning",
+        )
+    return Finding("unit", Level.OK, value, state.get("StatusText", ""))
