@@ -29,16 +29,38 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
+from edgellm.engine_config import (
+    FORMAT_VERSION,
+    UNSEALED,
+    BuildConfig,
+    EdgellmSection,
+    EngineConfig,
+    FileRecord,
+    PretrainedConfig,
+)
 from edgellm.errors import BuildError, EngineError
 from edgellm.executor.base import Progress
-from edgellm.model.quantization import Quantization
 from edgellm.model.spec import ModelSpec
 
 if TYPE_CHECKING:
     from edgellm.text.chat import ChatTemplate
     from edgellm.text.tokenizer import Tokenizer
 
-FORMAT_VERSION: Final = 1
+__all__ = [
+    "FORMAT_VERSION",
+    "BuildConfig",
+    "EdgellmSection",
+    "EngineConfig",
+    "EngineDir",
+    "PretrainedConfig",
+    "new_engine",
+    "open_engine",
+    "seal",
+    "sha256_of",
+    "verify_engine",
+    "write_json",
+]
+
 CONFIG: Final = "config.json"
 TOKENIZER: Final = "tokenizer.json"
 TOKENIZER_CONFIG: Final = "tokenizer_config.json"
@@ -46,105 +68,9 @@ CHAT_TEMPLATE: Final = "chat_template.jinja"
 GENERATION_CONFIG: Final = "generation_config.json"
 
 _CHUNK_BYTES: Final = 1 << 20
-_UNSEALED: Final = "0" * 64
 _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
 _SEAL: Final = re.compile(rb'("config_sha256": ")([0-9a-f]{64})(")')
-
-
-class Mapping(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """TensorRT-LLM's parallel mapping; edgellm runs on one device."""
-
-    world_size: int = 1
-    tp_size: int = 1
-    pp_size: int = 1
-
-
-class PretrainedConfig(ModelSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The model: ModelSpec's fields and how the checkpoint stores it.
-
-    Attributes:
-        dtype: of the activations between the linear layers.
-        logits_dtype: of the logits.
-        rotary_scaling: always None so far.
-    """
-
-    dtype: str = "float32"
-    logits_dtype: str = "float32"
-    rotary_scaling: None = None
-    mapping: Mapping = Mapping()
-    quantization: Quantization = Quantization()
-
-    def spec(self) -> ModelSpec:
-        """The ModelSpec inside."""
-        return ModelSpec(**{name: getattr(self, name) for name in ModelSpec.__struct_fields__})
-
-
-class BuildConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What an engine was built for. Names and meanings are TensorRT-LLM's.
-
-    Attributes:
-        max_input_len: tokens of a prompt.
-        max_seq_len: tokens of prompt and answer together.
-        max_batch_size: requests that run at the same time.
-        max_num_tokens: tokens that one step may feed, all requests together.
-        opt_batch_size, opt_num_tokens: the sizes to be fastest at.
-        kv_cache_type: `continuous`: each request has a slot of max_seq_len tokens.
-        strongly_typed: types in the network are kept as written.
-    """
-
-    max_input_len: int
-    max_seq_len: int
-    max_batch_size: int
-    max_num_tokens: int
-    opt_batch_size: int
-    opt_num_tokens: int
-    kv_cache_type: Literal["continuous"] = "continuous"
-    strongly_typed: bool = True
-
-
-class FileRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A file of the engine: its SHA-256 in hex and its size in bytes."""
-
-    sha256: str
-    bytes: int
-
-
-class EdgellmSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What TensorRT-LLM's config.json has no place for.
-
-    Attributes:
-        format_version: of this directory's layout; another one is refused.
-        executor: which executor runs it.
-        executor_version: of the library that the network was written for, or None.
-        compute: `int8` (weights as stored, activations quantized on the fly) or `fp32` (the reference).
-        model_name: what to call the model.
-        bos_id: the token that opens a text, or None.
-        add_bos: whether a plain text prompt starts with bos_id.
-        eos_ids: the tokens that end an answer.
-        files: every other file, by name.
-        config_sha256: of config.json itself; see the top of this file.
-    """
-
-    format_version: int
-    executor: Literal["cpu"]
-    executor_version: str | None = None
-    compute: Literal["int8", "fp32"]
-    model_name: str
-    bos_id: int | None
-    add_bos: bool
-    eos_ids: tuple[int, ...]
-    files: dict[str, FileRecord] = {}
-    config_sha256: str = _UNSEALED
-
-
-class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """config.json. `version` is edgellm's, where TensorRT-LLM has its own."""
-
-    version: str
-    pretrained_config: PretrainedConfig
-    build_config: BuildConfig
-    edgellm: EdgellmSection
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,7 +239,7 @@ def seal(draft: Path, config: EngineConfig) -> EngineConfig:
         for file in sorted(draft.iterdir())
         if file.name != CONFIG
     }
-    section = msgspec.structs.replace(config.edgellm, files=files, config_sha256=_UNSEALED)
+    section = msgspec.structs.replace(config.edgellm, files=files, config_sha256=UNSEALED)
     config = msgspec.structs.replace(config, edgellm=section)
     digest = _seal(_encode(config))
     config = msgspec.structs.replace(config, edgellm=msgspec.structs.replace(section, config_sha256=digest))
@@ -355,7 +281,7 @@ def _encode(config: EngineConfig) -> bytes:
 
 
 def _seal(raw: bytes) -> str:
-    return hashlib.sha256(_SEAL.sub(rb"\g<1>" + _UNSEALED.encode() + rb"\g<3>", raw)).hexdigest()
+    return hashlib.sha256(_SEAL.sub(rb"\g<1>" + UNSEALED.encode() + rb"\g<3>", raw)).hexdigest()
 
 
 def _format_version(raw: bytes) -> int | None:
