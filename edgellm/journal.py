@@ -102,7 +102,9 @@ class LineFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         """One record as text; the traceback, if any, is added by the base class below it."""
         text = super().formatMessage(record)
-        fields = [f"{name}={record.__dict__[name]}" for name in FIELDS if name in record.__dict__]
+        fields = [
+            f"{name}={_on_one_line(record.__dict__[name])}" for name in FIELDS if name in record.__dict__
+        ]
         return f"{text} [{' '.join(fields)}]" if fields else text
 
 
@@ -121,6 +123,11 @@ def priority(level: int) -> int:
         if level >= bound:
             return value
     return 7
+
+
+def _on_one_line(value: object) -> str:
+    """A request's id is the client's choice: it must not be able to write a line of its own."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
 
 
 def _sender(module: Journal) -> Callable[..., None]:

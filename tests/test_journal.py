@@ -133,6 +133,13 @@ def test_without_systemd_python_lines_carry_their_priority(stream: TextIO) -> No
     ]
 
 
+def test_a_field_cannot_forge_a_line(stream: TextIO) -> None:
+    set_up_logging("info", stream=stream, environment={}, journal=None)
+    log.info("done", extra={"REQUEST_ID": "r7\n2026-01-01 ERROR edgellm: on fire\x1b[2J"})
+    assert text(stream).count("\n") == 1
+    assert "\x1b" not in text(stream)
+
+
 def test_every_line_of_a_traceback_is_an_error(stream: TextIO) -> None:
     set_up_logging("info", stream=stream, environment=journal_of(stream), journal=None)
     log.error("failed", exc_info=ValueError("broken\nin two lines"))
