@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,12 @@ TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+@functools.cache
+def gguf_reader(path: Path) -> gguf.GGUFReader:
+    """A file that does not change, as the `gguf` package reads it; seconds for a real vocabulary."""
+    return gguf.GGUFReader(path)
 
 
 def alphabet() -> list[str]:

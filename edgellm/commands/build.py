@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     with _sigterm_raises(), progress_bar() as progress, new_engine(args.output) as draft:
         _write_text(checkpoint, draft)
         _write_network(args, checkpoint, draft, build, progress)
-        progress("checksums", 0.0)
+        progress("checksums", 1.0)
         config = seal(draft, config)
     size = sum(record.bytes for record in config.edgellm.files.values())
     print(

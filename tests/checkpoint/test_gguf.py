@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
-from ggufs import Llama
+from ggufs import Llama, gguf_reader
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -54,10 +54,8 @@ def test_header_and_bytes_are_what_the_gguf_package_reads(tmp_path: Path, alignm
 
 
 @pytest.mark.model
-def test_real_file_is_what_the_gguf_package_reads(
-    smollm2_gguf: Path, smollm2_reader: gguf.GGUFReader
-) -> None:
-    _compare_with_gguf_package(smollm2_gguf, smollm2_reader)
+def test_real_file_is_what_the_gguf_package_reads(smollm2_gguf: Path) -> None:
+    _compare_with_gguf_package(smollm2_gguf, gguf_reader(smollm2_gguf))
 
 
 def test_every_value_type(tmp_path: Path) -> None:

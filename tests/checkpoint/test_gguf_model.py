@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
-from ggufs import HEAD, HEADS, HIDDEN, INNER, KV_HEADS, LAYERS, Llama, tokens
+from ggufs import HEAD, HEADS, HIDDEN, INNER, KV_HEADS, LAYERS, Llama, gguf_reader, tokens
 from numpy.typing import NDArray
 
 from edgellm.checkpoint import open_checkpoint
@@ -280,12 +280,10 @@ def test_large_finite_values_are_no_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.model
-def test_real_model_dequantizes_as_the_gguf_package_does(
-    smollm2_gguf: Path, smollm2_reader: gguf.GGUFReader
-) -> None:
+def test_real_model_dequantizes_as_the_gguf_package_does(smollm2_gguf: Path) -> None:
     checkpoint = open_checkpoint(smollm2_gguf)
     heads = {"attn_q": 9, "attn_k": 3}
-    for tensor in smollm2_reader.tensors:
+    for tensor in gguf_reader(smollm2_gguf).tensors:
         if not (tensor.name.startswith(("blk.0.", "blk.29.", "output_norm"))):
             continue
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
