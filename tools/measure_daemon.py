@@ -3,12 +3,12 @@
     python tools/measure_daemon.py ENGINE --markdown
 
 Two daemons are started, one after the other:
-    as deployed   --slots × --seq-len: READY by phase, idle CPU, request → accepted, peak memory once every
+    as deployed   --slots slots: READY by phase, idle CPU, request → accepted, peak memory once every
                   slot was full
     one thread    decode through the socket against the bare executor in this process, alternating, per batch
 
-ENGINE needs as many slots as the largest batch: `edgellm build … --max-batch-size 8`. Ends with 1 if a figure
-that has a target misses it.
+ENGINE is built with `--max-batch-size 8 --max-seq-len 1024`: it needs as many slots as the largest batch, and
+its slots are as long as built. Ends with 1 if a figure that has a target misses it.
 """
 
 from __future__ import annotations
@@ -36,14 +36,13 @@ from edgellm.bench.load import Load
 from edgellm.bench.prompts import PASSAGE, Prompts
 from edgellm.bench.report import Column, Report, show
 from edgellm.bench.statistics import Interval, ratio_of_medians, summarize
-from edgellm.bench.workloads import Workload
+from edgellm.bench.workloads import Workload, parse_counts
 from edgellm.client import Client
 from edgellm.enginedir import EngineDir, open_engine
 from edgellm.errors import EdgellmError, ExecutorFault, UsageError
 
-BATCHES = (1, 8)
 DEPTH = 16
-"""Tokens in front of the decode that is compared: short, so that all requests start at about the same time."""
+"""Tokens in front of the decode that is compared: short, so that all requests start at nearly one time."""
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
@@ -79,14 +78,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         engine = open_engine(args.engine)
         _check(engine, args)
-        rows = [*_as_deployed(args), *_through_socket(engine, args)]
+        rows = [*_as_deployed(engine, args), *_through_socket(engine, args)]
     except EdgellmError as error:
         print(f"measure_daemon: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
     report = Report(
         facts={
             **engine_facts(engine, args.threads),
-            "as deployed": f"{args.slots} slots of {args.seq_len} tokens, {threads_of(args.threads)} threads",
+            "as deployed": f"{args.slots} slots of {engine.build.max_seq_len} tokens,"
+            f" {threads_of(args.threads)} threads",
             "decode compared": f"1 thread, {args.rounds} alternating rounds, {args.tokens} tokens"
             f" behind {DEPTH}, medians, 95 % bootstrap interval of the ratio",
         },
@@ -106,13 +106,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("engine", type=Path, metavar="ENGINE")
     parser.add_argument("--slots", type=int, default=4, help="of the daemon as deployed (default 4)")
-    parser.add_argument("--seq-len", type=int, default=1024, help="tokens of a slot there (default 1024)")
     parser.add_argument(
         "--threads", type=int, default=0, help="CPU threads there (default: as many as cores)"
     )
     parser.add_argument("--starts", type=int, default=5, help="starts that are timed (default 5)")
     parser.add_argument("--round-trips", type=int, default=500, help="request → accepted (default 500)")
     parser.add_argument("--idle", type=float, default=10.0, help="seconds of idling (default 10)")
+    parser.add_argument("--batches", default="1,8", help="rows of the decode compared (default 1,8)")
     parser.add_argument("--rounds", type=int, default=12, help="bare against socket (default 12)")
     parser.add_argument("--tokens", type=int, default=64, help="generated in each round (default 64)")
     form = parser.add_mutually_exclusive_group()
@@ -121,10 +121,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _batches(args: argparse.Namespace) -> tuple[int, ...]:
+    return parse_counts(args.batches, "--batches", least=1)
+
+
 def _check(engine: EngineDir, args: argparse.Namespace) -> None:
     needs = {
-        "--max-batch-size": (engine.build.max_batch_size, max(args.slots, *BATCHES)),
-        "--max-seq-len": (engine.build.max_seq_len, max(args.seq_len, DEPTH + args.tokens)),
+        "--max-batch-size": (engine.build.max_batch_size, max(args.slots, *_batches(args))),
+        "--max-seq-len": (engine.build.max_seq_len, DEPTH + args.tokens),
     }
     for flag, (has, needed) in needs.items():
         if has < needed:
@@ -136,9 +140,9 @@ def _check(engine: EngineDir, args: argparse.Namespace) -> None:
         raise UsageError(f"--tokens {args.tokens}: a rate needs at least 2")
 
 
-def _as_deployed(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def _as_deployed(engine: EngineDir, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """READY, idle CPU, round trips, memory."""
-    flags = ["--max-batch-size", str(args.slots), "--max-seq-len", str(args.seq_len)]
+    flags = ["--max-batch-size", str(args.slots)]
     if args.threads:
         flags += ["--threads", str(args.threads)]
     starts = []
@@ -148,7 +152,7 @@ def _as_deployed(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     with _daemon(args.engine, *flags) as daemon:
         starts.append(daemon)
         # Once it has worked, not before: what it idles like after its first requests is what counts.
-        _fill_slots(daemon, args)
+        _fill_slots(daemon, args.slots, engine.build.max_seq_len)
         idle = _idle_cpu(daemon.process, args.idle)
         accepted = summarize(_round_trips(daemon, args.round_trips))
         memory = _memory_mb(daemon.process)
@@ -172,17 +176,18 @@ def _ready_rows(starts: Sequence[Daemon]) -> Iterator[dict[str, Any]]:
 
 def _through_socket(engine: EngineDir, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Decode through the socket against the bare executor, at each batch."""
-    slots = max(BATCHES)
+    batches = _batches(args)
+    slots = max(batches)
     flags = ["--max-batch-size", str(slots), "--threads", "1"]
-    bare: dict[int, list[float]] = {batch: [] for batch in BATCHES}
-    socket: dict[int, list[float]] = {batch: [] for batch in BATCHES}
+    bare: dict[int, list[float]] = {batch: [] for batch in batches}
+    socket: dict[int, list[float]] = {batch: [] for batch in batches}
     with _daemon(args.engine, *flags) as daemon, Load(daemon.endpoint) as load:
         prompts = _prompts(daemon, DEPTH)
         executor = load_executor(engine, slots=slots, threads=1, progress=lambda _name, _fraction: None)
         bench = BareBench(executor)
         try:
             for number in range(args.rounds):
-                for batch in BATCHES:
+                for batch in batches:
                     # Whoever goes first meets another machine than whoever goes second: they take turns.
                     sides = [
                         (bare, lambda batch=batch: _bare_rate(bench, batch, args.tokens)),
@@ -192,7 +197,7 @@ def _through_socket(engine: EngineDir, args: argparse.Namespace) -> Iterator[dic
                         rates[batch].append(measure())
         finally:
             executor.close()
-    for batch in BATCHES:
+    for batch in batches:
         ratio = ratio_of_medians(socket[batch], bare[batch])
         yield _row(f"bare executor, batch {batch}, tokens/s", summarize(bare[batch]).median, "{:.1f}")
         yield _row(f"through the socket, batch {batch}, tokens/s", summarize(socket[batch]).median, "{:.1f}")
@@ -253,12 +258,12 @@ def _prompts(daemon: Daemon, length: int) -> Prompts:
         return Prompts(client.tokenize(PASSAGE), length=length, seed=0)
 
 
-def _fill_slots(daemon: Daemon, args: argparse.Namespace) -> None:
+def _fill_slots(daemon: Daemon, slots: int, seq_len: int) -> None:
     """Use every slot to its end, so that all memory that the daemon will ever touch is touched."""
-    answer = min(32, args.seq_len - 1)
-    prompts = _prompts(daemon, args.seq_len - answer)
+    answer = min(32, seq_len - 1)
+    prompts = _prompts(daemon, seq_len - answer)
     with Load(daemon.endpoint) as load:
-        traces = load.closed(prompts.take(args.slots), answer, args.slots)
+        traces = load.closed(prompts.take(slots), answer, slots)
     if errors := [trace.error for trace in traces if not trace.ok]:
         raise ExecutorFault(f"the daemon could not fill its slots: {errors}")
 
