@@ -13,7 +13,7 @@ import zmq.asyncio
 
 from edgellm.client import requests
 from edgellm.client.answers import Answer, Delta, Health, Model, Status, read, read_answer, read_delta
-from edgellm.client.client import LINGER_MS, READY_POLL_S, connect, dealer, listed
+from edgellm.client.client import LINGER_MS, READY_POLL_S, WATCHED, connect, dealer, heard, listed
 from edgellm.client.requests import Messages, Options
 from edgellm.client.session import Reply, Session
 from edgellm.errors import (
@@ -261,7 +261,8 @@ class _AsyncLink:
         self._news: dict[int, asyncio.Event] = {}
         self._retired = False
         self._socket: zmq.asyncio.Socket = dealer(context)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._monitor = self._socket.get_monitor_socket(WATCHED)
+        self._greeted = asyncio.Event()
         connect(self._socket, endpoint, self._close_sockets)
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]
 
@@ -278,15 +279,20 @@ class _AsyncLink:
     async def send(self, fields: dict[str, Any]) -> int:
         if self.gone:
             raise ConnectionLost(f"the daemon at {self.endpoint} went away")
+        try:
+            await asyncio.wait_for(self._greeted.wait(), self._connect_timeout)
+        except asyncio.TimeoutError:
+            raise Unreachable(f"nothing serves at {self.endpoint}") from None
         id_, payload = self._session.open(fields)
         self._news[id_] = asyncio.Event()
         try:
             await asyncio.wait_for(self._socket.send(payload), self._connect_timeout)
-        except (asyncio.TimeoutError, asyncio.CancelledError, zmq.ZMQError) as error:
+        except asyncio.TimeoutError:
             self.forget(id_)
-            if isinstance(error, asyncio.CancelledError):
-                raise
-            raise Unreachable(f"nothing serves at {self.endpoint}") from None
+            raise Unreachable(f"the daemon at {self.endpoint} takes no requests") from None
+        except BaseException:
+            self.cancel(id_)
+            raise
         return id_
 
     async def receive(self, id_: int, timeout: float) -> Reply:
@@ -329,9 +335,9 @@ class _AsyncLink:
 
     async def close(self) -> None:
         """Close now; what is open ends with ConnectionLost."""
-        self._fail(ConnectionLost(f"the connection to {self.endpoint} was closed"))
         tasks = list(self._tasks)
         self._stop()
+        self._fail(ConnectionLost(f"the connection to {self.endpoint} was closed"))
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _read(self) -> None:
@@ -342,7 +348,11 @@ class _AsyncLink:
             self._fail(error)
 
     async def _watch(self) -> None:
-        await self._monitor.recv_multipart()
+        gone = False
+        while not gone:
+            greeted, gone = heard(await self._monitor.recv_multipart(), self._greeted.is_set())
+            if greeted:
+                self._greeted.set()
         # The daemon's last words may have arrived and not been read yet.
         while await self._socket.poll(0):
             await asyncio.sleep(0)
@@ -366,7 +376,7 @@ class _AsyncLink:
     def _close_sockets(self) -> None:
         if not self._socket.closed:
             self._socket.disable_monitor()
-            self._socket.close(linger=LINGER_MS)
+            self._socket.close(linger=0 if self.gone else LINGER_MS)
             self._monitor.close(linger=0)
 
 

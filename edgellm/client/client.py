@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import struct
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -32,6 +33,9 @@ LINGER_MS = 200
 """How long closing waits for a last cancel to leave."""
 
 READY_POLL_S = 0.05
+
+WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+"""What a client wants to be told of its connection."""
 
 
 class Client:
@@ -256,9 +260,10 @@ class _Link:
         self.endpoint = endpoint
         self._connect_timeout = connect_timeout
         self._session = Session()
+        self._greeted = False
         self._gone = False
         self._socket = dealer(context)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._monitor = self._socket.get_monitor_socket(WATCHED)
         connect(self._socket, endpoint, self.close)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
@@ -276,8 +281,14 @@ class _Link:
         return reply
 
     def send(self, fields: dict[str, Any]) -> int:
-        if not self._socket.poll(int(1000 * self._connect_timeout), zmq.POLLOUT):
-            raise Unreachable(f"nothing serves at {self.endpoint}")
+        end = time.monotonic() + self._connect_timeout
+        while not self._greeted:
+            self._monitor.poll(max(0, int(1000 * (end - time.monotonic()))))
+            self._read()
+            if not self._greeted and time.monotonic() >= end:
+                raise Unreachable(f"nothing serves at {self.endpoint}")
+        if not self._socket.poll(max(0, int(1000 * (end - time.monotonic()))), zmq.POLLOUT):
+            raise Unreachable(f"the daemon at {self.endpoint} takes no requests")
         id_, payload = self._session.open(fields)
         self._socket.send(payload)
         return id_
@@ -312,22 +323,24 @@ class _Link:
 
     def _read(self) -> None:
         # What happened is asked first and what arrived second: a daemon's last words come before its end.
-        gone = self._monitor.poll(0)
-        try:
+        gone = False
+        with contextlib.suppress(zmq.Again):
+            while True:
+                self._greeted, lost = heard(self._monitor.recv_multipart(zmq.NOBLOCK), self._greeted)
+                gone = gone or lost
+        with contextlib.suppress(zmq.Again):
             while True:
                 self._session.feed(self._socket.recv(zmq.NOBLOCK))
-        except zmq.Again:
-            pass
         if gone and not self._gone:
             self._gone = True
             self._session.fail(ConnectionLost(f"the daemon at {self.endpoint} went away"))
 
     def close(self) -> None:
-        self._gone = True
+        gone, self._gone = self._gone, True
         self._session.fail(ConnectionLost(f"the connection to {self.endpoint} was closed"))
         if not self._socket.closed:
             self._socket.disable_monitor()
-            self._socket.close(linger=LINGER_MS)
+            self._socket.close(linger=0 if gone else LINGER_MS)
             self._monitor.close(linger=0)
 
 
@@ -339,12 +352,20 @@ def listed(endpoints: str | Sequence[str] | None) -> list[str]:
 
 
 def dealer(context: zmq.Context[Any]) -> Any:
-    """A DEALER whose messages wait for a connection rather than in a queue for one."""
+    """A DEALER as both clients use it.
+
+    IMMEDIATE stays off: with it libzmq loses what a daemon said last before it left.
+    """
     socket = context.socket(zmq.DEALER)
-    socket.setsockopt(zmq.IMMEDIATE, 1)
     socket.setsockopt(zmq.LINGER, LINGER_MS)
     socket.setsockopt(zmq.HEARTBEAT_IVL, 10_000)
     return socket
+
+
+def heard(event: list[bytes], greeted: bool) -> tuple[bool, bool]:
+    """What a monitor's event means: whether the daemon has been met, and whether it is gone again."""
+    (number,) = struct.unpack_from("=H", event[0])  # zmq_socket_monitor(3)
+    return greeted or number == zmq.EVENT_HANDSHAKE_SUCCEEDED, greeted and number == zmq.EVENT_DISCONNECTED
 
 
 def connect(socket: Any, endpoint: str, close: Any) -> None:
