@@ -259,6 +259,29 @@ def test_equal_logits_go_to_the_lower_id() -> None:
     assert seen == {1, 3}
 
 
+@pytest.mark.parametrize("top_k", [0, 4])
+def test_the_nucleus_ends_where_top_p_is_reached_exactly(top_k: int) -> None:
+    sampler = Sampler(1, 5)
+    seen = set()
+    for seed in range(40):
+        sampler.bind(0, SamplingParams(top_p=0.5, top_k=top_k, seed=seed), NO_HISTORY)
+        seen.add(sample_one(sampler, 0, np.array([0, 0, 0, 0, -np.inf], np.float32)))
+    assert seen == {0, 1}
+
+
+@pytest.mark.parametrize(("u", "expected"), [(0.0, 1), (1 - 2**-53, 98)])
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(min_p=0.5), SamplingParams(top_p=0.999)])
+def test_the_ends_of_the_unit_interval_choose_no_impossible_token(
+    u: float, expected: int, params: SamplingParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgellm.executor.sampler.uniform", lambda seed, index: u)
+    logits = np.zeros(100, np.float32)
+    logits[[0, 99]] = -np.inf
+    sampler = Sampler(1, 100)
+    sampler.bind(0, params, NO_HISTORY)
+    assert sample_one(sampler, 0, logits) == expected
+
+
 def test_a_seed_repeats_and_another_differs() -> None:
     def answer(seed: int) -> list[int]:
         sampler = Sampler(1, 1000)
