@@ -18,9 +18,9 @@ from edgellm.errors import BadRequest, RequestError
 from edgellm.sampling import MAX_TOP_LOGPROBS
 
 VERSION = 1
-MAX_ID_BYTES = 128
+MAX_ID_LENGTH = 128
 
-Id = Annotated[str, Meta(min_length=1, max_length=MAX_ID_BYTES)] | Annotated[int, Meta(ge=0)]
+Id = Annotated[str, Meta(min_length=1, max_length=MAX_ID_LENGTH)] | Annotated[int, Meta(ge=0)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Role = Literal["system", "user", "assistant", "tool"]
 PriorityName = Literal["critical", "high", "normal", "background"]

@@ -106,7 +106,8 @@ def _answer(client: Client, messages: list[dict[str, str]], args: argparse.Names
             if args.prompt is not None:
                 raise
         finally:
-            print(flush=True)
+            if said:
+                print(flush=True)
         if args.verbose and stream.answer is not None:
             print(_statistics(stream.answer, started, first), file=sys.stderr)
     return "".join(said)
