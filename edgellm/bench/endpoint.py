@@ -107,11 +107,11 @@ def columns(label: Column, objectives: Objectives) -> list[Column]:
         label,
         Column("requests", ("requests",)),
         Column("errors", ("errors",)),
-        Column("tokens/s", ("tokens_per_s",), "{:.1f}"),
-        Column("requests/s", ("requests_per_s",), "{:.2f}"),
+        Column("tok/s", ("tokens_per_s",), "{:.1f}"),
+        Column("req/s", ("requests_per_s",), "{:.2f}"),
     ]
     if objectives != Objectives():
-        shown.append(Column("goodput/s", ("goodput_per_s",), "{:.2f}"))
+        shown.append(Column("good/s", ("goodput_per_s",), "{:.2f}"))
     for name, digits in (("accepted_ms", 2), ("ttft_ms", 1), ("itl_ms", 2), ("e2e_ms", 0)):
         title = {"accepted_ms": "accepted ms", "ttft_ms": "TTFT ms", "itl_ms": "ITL ms", "e2e_ms": "e2e ms"}
         fields = tuple(f"{name}_{percentile}" for percentile in PERCENTILES)

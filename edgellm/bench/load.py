@@ -20,7 +20,7 @@ import zmq
 from numpy.typing import NDArray
 
 from edgellm import protocol
-from edgellm.errors import ProtocolError, RequestTimeout
+from edgellm.errors import ConnectionLost, ProtocolError, RequestTimeout
 from edgellm.protocol import Accepted, Delta, Done, Error
 
 _decoder = msgspec.msgpack.Decoder(Accepted | Delta | Done | Error)
@@ -82,6 +82,12 @@ class Load:
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.setsockopt(zmq.LINGER, 0)
+        # A daemon that comes back knows nothing of our requests: connecting again would only hide its end.
+        self._socket.setsockopt(zmq.RECONNECT_IVL, -1)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._monitor, zmq.POLLIN)
         self._socket.connect(endpoint)
         self._last_id = 0
         self._open: dict[int, Trace] = {}
@@ -101,6 +107,7 @@ class Load:
 
         Raises:
             RequestTimeout: nothing was heard for `stall_s`.
+            ConnectionLost: the daemon went away.
         """
         traces: list[Trace] = []
         waiting = iter(prompts)
@@ -118,6 +125,7 @@ class Load:
 
         Raises:
             RequestTimeout: nothing was heard for `stall_s` while something was open.
+            ConnectionLost: the daemon went away.
         """
         traces: list[Trace] = []
         started = self._clock()
@@ -153,7 +161,8 @@ class Load:
             wait_s: how long to wait.
             stalls: whether hearing nothing for so long is a failure.
         """
-        if not self._socket.poll(max(1, round(1000 * wait_s))):
+        ready = dict(self._poller.poll(max(1, round(1000 * wait_s))))
+        if not ready:
             if stalls and self._open:
                 raise RequestTimeout(
                     f"{self._endpoint}: {len(self._open)} requests are open"
@@ -164,13 +173,16 @@ class Load:
             try:
                 payload = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
-                return
+                break
             now = self._clock()
             try:
                 reply = _decoder.decode(payload)
             except msgspec.DecodeError as error:
                 raise ProtocolError(f"{self._endpoint} does not speak edgellm's protocol: {error}") from None
             self._take(reply, now)
+        if self._monitor in ready:
+            # The last messages are taken first: a daemon that stops properly has answered everything.
+            raise ConnectionLost(f"{self._endpoint} went away with {len(self._open)} requests open")
 
     def _take(self, reply: Accepted | Delta | Done | Error, now: float) -> None:
         if not isinstance(reply.id, int) or reply.id not in self._open:

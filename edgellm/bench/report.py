@@ -150,17 +150,26 @@ def _draw(report: Report, out: TextIO) -> None:
     facts.add_column()
     for name, value in report.facts.items():
         facts.add_row(name, str(value))
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in report.columns:
-        table.add_column(column.title, justify="right" if column.right else "left")
-    for cells in report.cells():
-        table.add_row(*cells)
     # Values are not markup: a model may well be called [something].
     console = Console(file=out, markup=False, highlight=False)
+    body = report.cells()
+    if _width(report, body) > console.width:
+        body = [[cell.replace(" / ", "\n") for cell in cells] for cells in body]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in report.columns:
+        table.add_column(column.title, justify="right" if column.right else "left", vertical="top")
+    for cells in body:
+        table.add_row(*cells)
     console.print(facts)
     console.print(table)
     for note in report.notes:
         console.print(note)
+
+
+def _width(report: Report, body: Sequence[Sequence[str]]) -> int:
+    """Columns of characters that the drawn table needs with every cell in one line."""
+    table = [[column.title for column in report.columns], *body]
+    return sum(max(len(cells[index]) for cells in table) + 1 for index in range(len(report.columns)))
 
 
 def _markdown_line(cells: Any) -> str:

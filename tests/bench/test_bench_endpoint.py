@@ -113,8 +113,8 @@ def test_failed_requests_meet_no_objective() -> None:
 
 def test_goodput_is_a_column_only_if_there_are_objectives() -> None:
     label = Column("concurrency", ("concurrency",))
-    assert "goodput/s" in [column.title for column in columns(label, Objectives(ttft_ms=1))]
-    assert "goodput/s" not in [column.title for column in columns(label, Objectives())]
+    assert "good/s" in [column.title for column in columns(label, Objectives(ttft_ms=1))]
+    assert "good/s" not in [column.title for column in columns(label, Objectives())]
 
 
 def test_a_sample_keeps_each_requests_own_figures() -> None:

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zmq
 from fake_engine import FakeEngine, Service
 from numpy.typing import NDArray
 
 from edgellm.bench.load import Load
 from edgellm.cli import main
-from edgellm.errors import RequestTimeout
+from edgellm.errors import ConnectionLost, RequestTimeout
 from edgellm.scheduler.request import Finish, Request
 from edgellm.server_config import ServerConfig
 
@@ -160,6 +161,26 @@ def test_an_engine_that_says_nothing_is_given_up_on(service: Service) -> None:
         load.closed(prompts(2), 2, 2)
     # The connection is gone, and with it the requests.
     service.engine.wait(lambda engine: len(engine.stopped) == 2)
+
+
+def test_a_daemon_that_is_killed_is_noticed_at_once(tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/killed.sock"
+    bound = threading.Event()
+
+    def take_two_and_die() -> None:
+        with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+            router.setsockopt(zmq.LINGER, 0)
+            router.bind(endpoint)
+            bound.set()
+            for _ in range(2):
+                router.recv_multipart()
+
+    daemon = threading.Thread(target=take_two_and_die)
+    daemon.start()
+    assert bound.wait(5)
+    with Load(endpoint, stall_s=60) as load, pytest.raises(ConnectionLost, match="2 requests open"):
+        load.closed(prompts(2), 2, 2)
+    daemon.join()
 
 
 BENCH = ["--prompt-tokens", "16", "--max-tokens", "4", "--requests", "4", "--concurrency", "1,2"]

@@ -116,6 +116,21 @@ def test_a_terminal_gets_a_drawn_table_with_the_same_cells(monkeypatch: pytest.M
     assert drawn.getvalue() != plain.getvalue()
 
 
+def test_a_narrow_terminal_gets_joined_cells_one_below_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    column = Column("TTFT ms", ("p50", "p90"), "{:.1f} / {:.1f}")
+    narrow = Report(facts={}, columns=[column] * 3, rows=[{"p50": 1000.0, "p90": 2000.0}])
+    lines: dict[str, list[str]] = {}
+    for width in ("40", "60"):
+        monkeypatch.setenv("COLUMNS", width)
+        out = Terminal()
+        show(narrow, out=out)
+        lines[width] = [" ".join(line.split()) for line in out.getvalue().splitlines()]
+    assert "1000.0 / 2000.0 1000.0 / 2000.0 1000.0 / 2000.0" in lines["60"]
+    assert "1000.0 1000.0 1000.0" in lines["40"]
+    assert "2000.0 2000.0 2000.0" in lines["40"]
+
+
 def test_a_form_that_was_asked_for_wins_over_the_terminal() -> None:
     out = Terminal()
     show(report([{"test": "a", "mean": 1.0, "sd": 0.0, "p50": 1.0}]), "json", out)
