@@ -153,9 +153,10 @@ def _draw(report: Report, out: TextIO) -> None:
     # Values are not markup: a model may well be called [something].
     console = Console(file=out, markup=False, highlight=False)
     body = report.cells()
-    if _width(report, body) > console.width:
+    narrow = _width(report, body) > console.width
+    if narrow:
         body = [[cell.replace(" / ", "\n") for cell in cells] for cells in body]
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0 if narrow else 1), pad_edge=False)
     for column in report.columns:
         table.add_column(column.title, justify="right" if column.right else "left", vertical="top")
     for cells in body:
@@ -167,9 +168,9 @@ def _draw(report: Report, out: TextIO) -> None:
 
 
 def _width(report: Report, body: Sequence[Sequence[str]]) -> int:
-    """Columns of characters that the drawn table needs with every cell in one line."""
+    """Characters that a line of the drawn table needs with every cell in one line."""
     table = [[column.title for column in report.columns], *body]
-    return sum(max(len(cells[index]) for cells in table) + 1 for index in range(len(report.columns)))
+    return sum(max(len(cells[index]) for cells in table) + 3 for index in range(len(report.columns)))
 
 
 def _markdown_line(cells: Any) -> str:
