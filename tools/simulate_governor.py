@@ -8,12 +8,13 @@ The plant has two nodes, junction and heatsink:
     Cj·dTj/dt = P − (Tj − Th)/Rjs          Ch·dTh/dt = (Tj − Th)/Rjs − (Th − Ta)/Rha(t)
     P = idle + leak·(Tj − 25 °C) + neighbour(t) + demand(t)·duty·(step + row·rows)
 
-and makes duty·rows / (t0 + t1·rows) tokens a second. The sensor lags by a first-order second, has Gaussian noise,
-and is read once a second. All figures in the table are of the true junction temperature.
+and makes duty·rows / (t0 + t1·rows) tokens a second. The sensor lags by a first-order second, has Gaussian
+noise, and is read once a second. All figures in the table are of the true junction temperature.
 
-The rival is the best *constant* (cap, duty), chosen with knowledge of the whole scenario: the one that makes the
-most tokens and never lets the true temperature above the governor's own target. The model is linear in the duty,
-so the largest duty for each cap follows from two runs, and no search is needed.
+The rival is the best *constant* (cap, duty), chosen with knowledge of the whole scenario: the one that makes
+the most tokens and never lets the true temperature above the governor's own target. The model is linear in
+the duty, so the largest duty for each cap follows from two runs, and no search is needed. The rival knows of
+heat alone.
 """
 
 from __future__ import annotations
@@ -117,7 +118,8 @@ class Scenario:
 
     Attributes:
         name: shown in the table.
-        ambient, neighbour, demand: °C; W of another load on the same chip; share of time with something to run.
+        ambient, neighbour, demand: °C; W of another load on the same chip; share of time in which there is
+            something to run.
         airflow: factor on the resistance from sink to ambient.
         available: MiB of available memory.
         blind: when no zone is readable.
@@ -135,6 +137,13 @@ class Scenario:
     soak: bool = True
 
 
+def _shrinking(t: float) -> float:
+    """Another process grows from 4,000 s on, is ended at 5,000 s."""
+    if 4000 <= t < 4500:
+        return 400.0
+    return 200.0 if 4500 <= t < 5000 else 4096.0
+
+
 SCENARIOS = (
     Scenario("fan, 25 °C", FAN, always(25.0)),
     Scenario("fan, 55 °C", FAN, always(55.0)),
@@ -149,15 +158,8 @@ SCENARIOS = (
     Scenario("fan blocked for 45 min", FAN, always(40.0), airflow=between(2700.0, 5400.0, 2.2, 1.0)),
     Scenario("bursts, 40 of 120 s", FANLESS, always(60.0), demand=every(120.0, 40.0, 1.0, 0.0)),
     Scenario("no zone readable for 10 min", FANLESS, always(45.0), blind=between(4000.0, 4600.0, 1.0, 0.0)),
-    Scenario("memory 400, then 200 MiB", FAN, always(40.0), available=lambda t: _shrinking(t)),
+    Scenario("memory 400, then 200 MiB", FAN, always(40.0), available=_shrinking),
 )
-
-
-def _shrinking(t: float) -> float:
-    """Another process grows from 4,000 s on, is ended at 5,000 s."""
-    if 4000 <= t < 4500:
-        return 400.0
-    return 200.0 if 4500 <= t < 5000 else 4096.0
 
 
 @dataclass
@@ -335,7 +337,8 @@ def draw(traces: dict[str, Trace], config: GovernorConfig, path: Path) -> None:
         other.set_ylim(0, 1.02)
         other.tick_params(labelsize=7)
     figure.suptitle(
-        "junction °C (red; line: passive trip, dotted: target), duty (blue), batch cap as a share (green); minutes",
+        "junction °C (red; line: passive trip, dotted: target), duty (blue), "
+        "batch cap as a share of the slots (green), over minutes",
         fontsize=9,
     )
     figure.tight_layout()

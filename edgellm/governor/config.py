@@ -58,10 +58,10 @@ class GovernorConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     critical_exit_below_c: Degrees = 12.0
     target_below_c: Degrees = 10.0
     dwell_s: Seconds = 30.0
-    duty_floor: Duty = 0.1
+    duty_floor: Duty = 0.05
     duty_unknown: Duty = 0.25
-    duty_gain: Annotated[float, Meta(ge=0, le=1)] = 0.04
-    duty_reset_s: Annotated[float, Meta(gt=0, le=3600)] = 120.0
+    duty_gain: Annotated[float, Meta(ge=0, le=1)] = 0.08
+    duty_reset_s: Annotated[float, Meta(gt=0, le=3600)] = 90.0
     duty_fall_per_s: Annotated[float, Meta(gt=0, le=1)] = 0.2
     duty_rise_per_s: Annotated[float, Meta(gt=0, le=1)] = 0.02
     smooth_s: Seconds = 3.0

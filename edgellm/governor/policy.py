@@ -4,9 +4,9 @@
 
 Two actuators. The *batch cap* bounds how many rows run at once: it protects memory and latency. The *duty* is
 the share of time in which steps run: decoding is bound by memory bandwidth, so power hardly falls with the
-batch, and pauses are what cools. NORMAL runs at the configured ceilings. THROTTLED holds the hottest zone at a
-target with a proportional-integral controller on the duty, and answers other causes step by step. SHED runs one
-row at the floor, CRITICAL nothing. States get worse at once, and better after a dwell.
+batch, and pauses are what cools. NORMAL runs at the configured ceilings. THROTTLED holds the hottest zone at
+a target with a proportional-integral controller on the duty, and answers other causes step by step. SHED runs
+one row at the floor, CRITICAL nothing. States get worse at once, and better after a dwell.
 
 Safety, as tests/governor/test_policy_properties.py has it: from the same state a hotter zone never gives a
 higher cap or duty; nothing exceeds a ceiling; unknown is never better than known and cool.
@@ -219,8 +219,8 @@ def _controlled(settings: Settings, state: PolicyState, duty: float, floor: floa
 def _steps(settings: Settings, state: PolicyState, causes: list[Cause], now: float) -> PolicyState:
     """Steps of cap and stress duty: one down as long as a cause lasts, one up when none does."""
     config = settings.governor
-    if now - state.stepped_at < config.step_s:
-        return state
+    if state.watch.elapsed <= 0 or now - state.stepped_at < config.step_s:
+        return state  # steps answer to sweeps: without a new one nothing is given back, either
     names = {cause.name for cause in causes}
     smooth = state.watch.smooth
     # Pauses alone do not cool it: fewer rows are the only thing left above the floor.
