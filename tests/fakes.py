@@ -80,10 +80,13 @@ class FakeExecutor:
         max_num_tokens: int = 24,
         vocab_size: int = 97,
         pipeline_depth: int = 1,
+        smallest_chunk: int = 1,
         fault_at: int | None = None,
         delay_s: float = 0.0,
     ) -> None:
-        self._info = ExecutorInfo("fake", slots, max_seq_len, max_num_tokens, vocab_size, 4, pipeline_depth)
+        self._info = ExecutorInfo(
+            "fake", slots, max_seq_len, max_num_tokens, vocab_size, 4, pipeline_depth, smallest_chunk
+        )
         self._slots = [_FakeSlot() for _ in range(slots)]
         self._open: deque[_Open] = deque()
         self._tickets = 0

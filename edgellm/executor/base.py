@@ -113,6 +113,8 @@ class ExecutorInfo:
         kv_bytes_per_token: bytes that one token takes in all layers' caches.
         pipeline_depth: steps that may be submitted and not yet collected; with more than 1 a row may feed
             back a token that the host has not seen yet.
+        smallest_chunk: a prompt gives the same logits however it is cut, as long as no piece is shorter. Some
+            kernels for a single token round differently from those for several.
     """
 
     name: str
@@ -122,6 +124,7 @@ class ExecutorInfo:
     vocab_size: int
     kv_bytes_per_token: int
     pipeline_depth: int = 1
+    smallest_chunk: int = 1
 
 
 @dataclass(frozen=True, slots=True)

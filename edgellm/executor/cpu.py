@@ -39,6 +39,8 @@ from edgellm.sampling import SamplingParams
 MODEL_FILE: Final = "model.onnx"
 CHUNK: Final = 256
 """Most tokens of one run: bounds the activations' memory; longer runs are no faster per token."""
+SMALLEST_CHUNK: Final = 2
+"""ONNX Runtime's kernels for one token sum in another order than those for several, which all agree."""
 
 Array = NDArray[Any]
 T = TypeVar("T")
@@ -77,6 +79,7 @@ class CpuExecutor:
             max_num_tokens=max_num_tokens,
             vocab_size=spec.vocab_size,
             kv_bytes_per_token=spec.kv_elements_per_token() * np.dtype(np.float32).itemsize,
+            smallest_chunk=SMALLEST_CHUNK,
         )
         self._open: tuple[Ticket, Result] | None = None
         self._next_ticket = 0

@@ -5,8 +5,8 @@ from __future__ import annotations
 FIRST_GUESS = 64
 """Tokens fed before anything was measured: some 0.2 s on the slowest machine the project was tried on."""
 
-SMALLEST = 16
-"""Never fewer tokens than this: below it a step's fixed cost is most of it, and a prompt would crawl."""
+TELLING = 16
+"""Steps that feed fewer tokens say nothing of a prompt token's cost: their fixed cost is most of it."""
 
 
 class Pace:
@@ -22,15 +22,14 @@ class Pace:
         self._seconds_per_token: float | None = None
 
     def budget(self) -> int:
-        """Tokens to feed in the next step, SMALLEST…max_num_tokens."""
+        """Tokens to feed in the next step, 0…max_num_tokens; the scheduler has its own floor."""
         if self._seconds_per_token is None:
             return min(FIRST_GUESS, self._max_num_tokens)
-        fitting = int(self._max_step_s / self._seconds_per_token)
-        return min(max(fitting, SMALLEST), self._max_num_tokens)
+        return min(int(self._max_step_s / self._seconds_per_token), self._max_num_tokens)
 
     def observe(self, tokens: int, seconds: float) -> None:
         """Take note of a step that fed `tokens` in `seconds`; steps without much prefill say nothing."""
-        if tokens < SMALLEST or seconds <= 0:
+        if tokens < TELLING or seconds <= 0:
             return
         cost = seconds / tokens
         known = self._seconds_per_token

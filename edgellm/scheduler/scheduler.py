@@ -19,7 +19,7 @@ from edgellm.scheduler.request import Finish, Priority, Request, Update
 from edgellm.scheduler.sequence import Sequence
 from edgellm.scheduler.slots import Slots
 
-SMALLEST_CHUNK = 16
+BUDGET_FLOOR = 16
 """Prompt tokens that a step may always feed, whatever `token_budget` says: a prompt never stands still."""
 
 _RETRY_UNKNOWN_MS = 1000
@@ -87,7 +87,7 @@ class Scheduler:
             )
         self._info = info
         self._max_queue = max_queue
-        self._slots = Slots(info.max_batch_size, info.max_seq_len)
+        self._slots = Slots(info.max_batch_size, info.max_seq_len, info.smallest_chunk)
         self._batch_cap = info.max_batch_size
         self._live: dict[int, Sequence] = {}
         self._queue: list[Sequence] = []  # by rank
@@ -202,7 +202,7 @@ class Scheduler:
 
         Args:
             token_budget: tokens that the step should feed at most; None: max_num_tokens. Every row that
-                decodes is fed anyway, and SMALLEST_CHUNK tokens of a prompt.
+                decodes is fed anyway, and BUDGET_FLOOR tokens of a prompt.
         """
         assert self._scheduled - self._committed < self._info.pipeline_depth, "commit first"
         number = self._scheduled + 1
@@ -223,7 +223,7 @@ class Scheduler:
         if prefills:
             budget = self._info.max_num_tokens - len(rows)
             if token_budget is not None:
-                budget = min(budget, max(token_budget - len(rows), SMALLEST_CHUNK))
+                budget = min(budget, max(token_budget - len(rows), BUDGET_FLOOR))
             for sequence in prefills:
                 if budget == 0:
                     break
@@ -311,7 +311,7 @@ class Scheduler:
         slot = sequence.slot
         assert slot is not None
         past = slot.computed
-        end = min(past + budget, sequence.prompt_length)
+        end = past + self._chunk(sequence.prompt_length - past, budget)
         last = end == sequence.prompt_length
         want = Want.TOKEN if last else Want.NONE
         rows.append(Row(slot.index, past, sequence.request.prompt[past:end], want))
@@ -320,6 +320,14 @@ class Scheduler:
         slot.last_step = plan.number
         sequence.sampled = int(last)
         return end - past
+
+    def _chunk(self, left: int, budget: int) -> int:
+        """How many of `left` tokens to feed, at most `budget`; no piece is too short if that can be."""
+        smallest = self._info.smallest_chunk
+        count = min(left, budget)
+        if 0 < left - count < smallest and left >= 2 * smallest and count >= smallest:
+            return left - smallest
+        return count
 
     def _end(self, sequence: Sequence, finish: Finish, now: float | None) -> None:
         """Take a request out of everything; reporting it is the caller's."""

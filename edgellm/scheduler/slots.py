@@ -51,12 +51,13 @@ class Slot:
         self.tokens[self.known] = token
         self.known += 1
 
-    def shared(self, prompt: NDArray[np.int32], limit: int) -> int:
+    def shared(self, prompt: NDArray[np.int32], limit: int, computed: int = 1) -> int:
         """Length of the common prefix with `prompt`, looking at `limit` tokens of the slot.
 
-        At most len(prompt) − 1: the last token's logits are wanted, so it is always computed.
+        The last `computed` tokens of the prompt do not count: they are computed whatever a slot holds, the
+        very last one because its logits are wanted.
         """
-        length = min(limit, len(prompt) - 1)
+        length = max(0, min(limit, len(prompt) - computed))
         differs = self.tokens[:length] != prompt[:length]
         first = int(differs.argmax()) if length else 0
         return first if length and differs[first] else length
@@ -71,10 +72,15 @@ class Choice(NamedTuple):
 
 
 class Slots:
-    """All slots of an executor. A slot is free when no request holds it and no open step has a row of it."""
+    """All slots of an executor. A slot is free when no request holds it and no open step has a row of it.
 
-    def __init__(self, count: int, max_seq_len: int) -> None:
+    Args:
+        smallest_chunk: the executor's; so many of a prompt's tokens are computed at least.
+    """
+
+    def __init__(self, count: int, max_seq_len: int, smallest_chunk: int = 1) -> None:
         self._slots = [Slot(index, max_seq_len) for index in range(count)]
+        self._smallest_chunk = smallest_chunk
         self._releases = 0
 
     def __len__(self) -> int:
@@ -95,12 +101,13 @@ class Slots:
         longest ago is sacrificed and the prefix is copied into it, so that a shared system prompt does not
         cost another conversation its history; running slots are copied from in the same way.
         """
-        shared = {slot.index: slot.shared(prompt, slot.retained) for slot in self._slots}
+        last = self._smallest_chunk
+        shared = {slot.index: slot.shared(prompt, slot.retained, last) for slot in self._slots}
         source = max(self._slots, key=lambda slot: (shared[slot.index], slot in free))
         best = shared[source.index]
         for slot in self._slots:
             coming = min(slot.computed, slot.known)
-            if coming > slot.retained and slot.shared(prompt, coming) >= best + WORTH_WAITING:
+            if coming > slot.retained and slot.shared(prompt, coming, last) >= best + WORTH_WAITING:
                 return None
         in_place = max(free, key=lambda slot: (shared[slot.index], -slot.retained, -slot.last_used))
         reused = shared[in_place.index]

@@ -11,7 +11,7 @@ from fakes import FakeExecutor, expected_tokens
 from edgellm.executor.base import Feedback, Ticket, Want
 from edgellm.sampling import SamplingParams
 from edgellm.scheduler import Finish, Plan, Priority, Request, Scheduler, Update
-from edgellm.scheduler.scheduler import SMALLEST_CHUNK
+from edgellm.scheduler.scheduler import BUDGET_FLOOR
 
 
 @dataclass
@@ -175,7 +175,7 @@ class Harness:
         fed = sum(len(row.tokens) for row in rows)
         assert fed <= info.max_num_tokens
         if token_budget is not None:
-            assert fed <= max(token_budget, decoding + SMALLEST_CHUNK)
+            assert fed <= max(token_budget, decoding + BUDGET_FLOOR)
         could = [record for record in self.live if record.can_decode]
         bound = {slot for slot, _, _ in plan.binds}
         assert len(bound) == len(plan.binds)

@@ -9,7 +9,7 @@ from harness import Harness
 from edgellm.errors import ConfigError, ExecutorFault, Overloaded, TooLong
 from edgellm.executor.base import FEEDBACK, ExecutorInfo, Want
 from edgellm.scheduler import Finish, Plan, Priority, Scheduler, check_length
-from edgellm.scheduler.scheduler import SMALLEST_CHUNK
+from edgellm.scheduler.scheduler import BUDGET_FLOOR
 
 LONG_PROMPT = [(i * i) % 97 for i in range(60)]
 
@@ -35,6 +35,19 @@ def admission_order(harness: Harness) -> list[int]:
 def finish(harness: Harness, key: int) -> Finish | None:
     end = harness.records[key].end
     return None if end is None else end.finish
+
+
+@pytest.mark.parametrize("length", [2, 3, 4, 5, 15, 16, 17, 18, 31, 32, 33, 34, 49, 50])
+def test_no_piece_of_a_prompt_is_shorter_than_the_executor_computes_alike(length: int) -> None:
+    harness = Harness(FakeExecutor(slots=1, max_num_tokens=16, smallest_chunk=2))
+    for _ in range(2):  # the second time all that may be reused is
+        harness.add(LONG_PROMPT[:length])
+        harness.run()
+    pieces = [
+        len(row.tokens) for plan in harness.plans for row in plan.step.rows if row.tokens is not FEEDBACK
+    ]
+    assert min(pieces) >= 2
+    assert sum(pieces) == length + 2
 
 
 class TestOrder:
@@ -99,7 +112,7 @@ class TestChunks:
         harness.add([3, 4], max_tokens=30)
         harness.step()
         harness.add(LONG_PROMPT)
-        for budget, fed in [(30, 28), (1, SMALLEST_CHUNK)]:
+        for budget, fed in [(30, 28), (1, BUDGET_FLOOR)]:
             plan = harness.step(token_budget=budget)
             assert plan is not None
             assert [len(row.tokens) for row in plan.step.rows] == [1, 1, fed]
