@@ -7,7 +7,7 @@ from typing import Any
 
 import msgpack
 
-from edgellm.errors import REQUEST_ERRORS, EdgellmError, ProtocolError, RequestError
+from edgellm.errors import REQUEST_ERRORS, BadRequest, EdgellmError, ProtocolError, RequestError
 
 VERSION = 1
 
@@ -25,10 +25,15 @@ class Session:
         self._replies: dict[int, deque[Reply | EdgellmError]] = {}
 
     def open(self, fields: dict[str, Any]) -> tuple[int, bytes]:
-        """Begin a request: its id, and the message to send."""
+        """Begin a request: its id, and the message to send.
+
+        Raises:
+            BadRequest: a field holds what no message can.
+        """
         self._last_id += 1
+        payload = self._encode(self._last_id, fields)
         self._replies[self._last_id] = deque()
-        return self._last_id, self._encode(self._last_id, fields)
+        return self._last_id, payload
 
     def cancellation(self, target: int) -> bytes:
         """Forget a request: the message that ends it at the daemon, whose answers are then ignored."""
@@ -82,7 +87,10 @@ class Session:
         return list(self._replies)
 
     def _encode(self, id_: int, fields: dict[str, Any]) -> bytes:
-        payload: bytes = msgpack.packb({"v": VERSION, "id": id_, **fields})
+        try:
+            payload: bytes = msgpack.packb({"v": VERSION, "id": id_, **fields})
+        except (TypeError, ValueError, OverflowError) as error:
+            raise BadRequest(f"the request cannot be written as MessagePack: {error}") from error
         return payload
 
 

@@ -87,6 +87,8 @@ def test_errors_are_the_daemon_s(service: Service, client: Client) -> None:
         client.generate("x", max_tokens=10_000)
     with pytest.raises(errors.BadRequest, match="colour"):
         client.generate("x", colour="red")  # type: ignore[call-arg]
+    with pytest.raises(errors.BadRequest, match="MessagePack"):
+        client.generate("\udc80")
     service.engine.script = lambda engine, request: engine.end(request.key, Finish.FAULT)
     with pytest.raises(errors.InternalError), client.stream_generate("x") as stream:
         list(stream)
