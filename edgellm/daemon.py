@@ -42,6 +42,10 @@ SWITCH_INTERVAL_S = 0.0005
 """CPython's default of 5 ms would let the I/O thread hold up the engine thread for a whole decode step."""
 
 
+class _StoppedWhileLoading(Exception):
+    """A signal came before READY: nothing is open, so there is nothing to drain."""
+
+
 class Daemon:
     """One engine, served over one socket, until a signal ends it."""
 
@@ -73,6 +77,8 @@ class Daemon:
             self._load()
             self._serve()
             self._drain()
+        except _StoppedWhileLoading:
+            log.info("told to stop while loading")
         finally:
             self._close()
         log.info("stopped")
@@ -96,7 +102,7 @@ class Daemon:
             with self._phase("executor"):
                 executor = _make_executor(self._config, directory)
                 self._executor = executor
-                report = executor.load(self._server.set_progress)
+                report = executor.load(self._note_progress)
             with self._phase("verify"):
                 verified.result()
             with self._phase("text"):
@@ -120,6 +126,11 @@ class Daemon:
         for part, size in report.lines.items():
             log.info("memory: %s %.1f MB", part, size / 1e6)
         self._log_ready(directory, executor.info)
+
+    def _note_progress(self, what: str, fraction: float) -> None:
+        if self._stop.is_set():
+            raise _StoppedWhileLoading
+        self._server.set_progress(what, fraction)
 
     def _serve(self) -> None:
         while not self._stop.wait(TICK_S):

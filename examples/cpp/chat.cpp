@@ -1,6 +1,6 @@
 // A streamed answer from an edgellm daemon, with cppzmq and msgpack-cxx. docs/protocol.md is the specification.
 //
-//     chat [-e ENDPOINT] [-n MAX_TOKENS] [-t SECONDS] QUESTION
+//     chat [-e ENDPOINT] [-n MAX_TOKENS] [-T TEMPERATURE] [-t SECONDS] QUESTION
 //
 // Exit codes: 0 answered, 1 the daemon refused, 64 usage, 69 nothing answers.
 
@@ -29,6 +29,7 @@ struct Arguments {
     std::string endpoint;
     std::string question;
     std::uint64_t max_tokens = 256;
+    double temperature = 0.0;  // always the most likely token
     std::chrono::seconds timeout{60};  // for each message of the answer
 };
 
@@ -88,7 +89,7 @@ void pack_pair(Packer& packer, std::string_view key, std::string_view value) {
 zmq::message_t chat_request(std::uint64_t id, const Arguments& arguments) {
     msgpack::sbuffer buffer;
     Packer packer(buffer);
-    packer.pack_map(6);
+    packer.pack_map(7);
     packer.pack("v");
     packer.pack(kVersion);
     packer.pack("id");
@@ -98,6 +99,8 @@ zmq::message_t chat_request(std::uint64_t id, const Arguments& arguments) {
     packer.pack(true);
     packer.pack("max_tokens");
     packer.pack(arguments.max_tokens);
+    packer.pack("temperature");
+    packer.pack(arguments.temperature);
     packer.pack("messages");
     packer.pack_array(1);
     packer.pack_map(2);
@@ -152,10 +155,11 @@ std::optional<Arguments> parse(int argc, char** argv) {
     const char* named = std::getenv("EDGELLM_ENDPOINT");
     arguments.endpoint = named != nullptr ? named : "ipc:///run/edgellm/edgellm.sock";
     int option = 0;
-    while ((option = getopt(argc, argv, "e:n:t:")) != -1) {
+    while ((option = getopt(argc, argv, "e:n:T:t:")) != -1) {
         switch (option) {
             case 'e': arguments.endpoint = optarg; break;
             case 'n': arguments.max_tokens = std::strtoull(optarg, nullptr, 10); break;
+            case 'T': arguments.temperature = std::strtod(optarg, nullptr); break;
             case 't': arguments.timeout = std::chrono::seconds(std::strtol(optarg, nullptr, 10)); break;
             default: return std::nullopt;
         }
@@ -172,7 +176,7 @@ std::optional<Arguments> parse(int argc, char** argv) {
 int main(int argc, char** argv) {
     const auto arguments = parse(argc, argv);
     if (!arguments) {
-        std::cerr << "usage: chat [-e ENDPOINT] [-n MAX_TOKENS] [-t SECONDS] QUESTION\n";
+        std::cerr << "usage: chat [-e ENDPOINT] [-n MAX_TOKENS] [-T TEMPERATURE] [-t SECONDS] QUESTION\n";
         return kUsage;
     }
     try {

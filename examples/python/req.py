@@ -7,8 +7,9 @@ import zmq
 
 socket = zmq.Context.instance().socket(zmq.REQ)
 socket.connect(sys.argv[1])  # ipc:///run/edgellm/edgellm.sock
-question = [{"role": "user", "content": sys.argv[2]}]
-socket.send(msgpack.packb({"v": 1, "id": 1, "op": "chat", "messages": question, "max_tokens": 64}))
+messages = [{"role": "user", "content": sys.argv[2]}]
+request = {"v": 1, "id": 1, "op": "chat", "messages": messages, "max_tokens": 64, "temperature": 0}
+socket.send(msgpack.packb(request))
 reply = msgpack.unpackb(socket.recv())
 print(reply["text"] if reply["ev"] == "done" else f"{reply['code']}: {reply['message']}")
 sys.exit(reply["ev"] != "done")
