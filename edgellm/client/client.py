@@ -34,6 +34,9 @@ LINGER_MS = 200
 
 READY_POLL_S = 0.05
 
+INTERRUPT_S = 0.25
+"""Longest sleep in libzmq: a Ctrl-C that arrives on the way into it is only seen when it returns."""
+
 WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 """What a client wants to be told of its connection."""
 
@@ -303,7 +306,7 @@ class _Link:
             if left <= 0:
                 self.cancel(id_)
                 raise RequestTimeout(f"{self.endpoint} did not answer within {timeout:g} s")
-            self._poller.poll(int(1000 * left) + 1)
+            self._poller.poll(int(1000 * min(left, INTERRUPT_S)) + 1)
             self._read()
 
     def cancel(self, id_: int) -> None:
