@@ -32,6 +32,7 @@ class ByteTokenizer:
     """Token i < 256 is byte i; 256 ends an answer. Texts and tokens are easily compared."""
 
     vocab_size = VOCAB_SIZE
+    longest_token: int | None = None
 
     def encode(self, text: str, *, bos: bool = False) -> NDArray[np.int32]:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)

@@ -45,18 +45,19 @@ def tokenize(model: ServedModel, request: Tokenize) -> NDArray[np.int32]:
 
     Raises:
         BadRequest: with the field at fault.
+        TooLong: it could not fit in a slot.
     """
     if request.messages is not None:
-        return model.tokenizer.encode(_render(model, request.messages))
+        return _encode(model, _render(model, request.messages), "messages")
     assert request.text is not None
-    return model.tokenizer.encode(request.text)
+    return _encode(model, request.text, "text")
 
 
 def _prompt(model: ServedModel, request: Chat | Generate) -> NDArray[np.int32]:
     if isinstance(request, Chat):
-        return model.tokenizer.encode(_render(model, request.messages))
+        return _encode(model, _render(model, request.messages), "messages")
     if isinstance(request.prompt, str):
-        return model.tokenizer.encode(request.prompt, bos=True)
+        return _encode(model, request.prompt, "prompt", bos=True)
     prompt = np.asarray(request.prompt, dtype=np.int32)
     if (outside := np.flatnonzero(prompt >= model.vocab_size)).size:
         where = int(outside[0])
@@ -65,6 +66,18 @@ def _prompt(model: ServedModel, request: Chat | Generate) -> NDArray[np.int32]:
             field=f"prompt[{where}]",
         )
     return prompt
+
+
+def _encode(model: ServedModel, text: str, field: str, *, bos: bool = False) -> NDArray[np.int32]:
+    """Tokenize what could fit a slot: a megabyte of text would take the I/O thread 0.4 s and 100 MB."""
+    longest = model.tokenizer.longest_token
+    if longest is not None and (size := len(text.encode(errors="replace"))) > longest * model.max_seq_len:
+        raise TooLong(
+            f"the text has {size} bytes, and more than {longest * model.max_seq_len} cannot fit in a slot of"
+            f" {model.max_seq_len} tokens",
+            field=field,
+        )
+    return model.tokenizer.encode(text, bos=bos)
 
 
 def _render(model: ServedModel, messages: list[Message]) -> str:

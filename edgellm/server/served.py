@@ -76,6 +76,11 @@ class Tokenizer(Protocol):
         """Token ids are 0…vocab_size − 1."""
         ...
 
+    @property
+    def longest_token(self) -> int | None:
+        """Bytes of text that one token can stand for; None if there is no bound."""
+        ...
+
     def encode(self, text: str, *, bos: bool = False) -> NDArray[np.int32]:
         """int32 [n]; special tokens written in the text are recognised; `bos` as the model wants it."""
         ...

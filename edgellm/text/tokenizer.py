@@ -43,6 +43,19 @@ class Tokenizer:
         self._added = inner.get_added_tokens_decoder()
         self._cache: dict[int, bytes] = {}
         self.vocab_size: int = inner.get_vocab_size(with_added_tokens=True)
+        self.longest_token: int | None = self._longest()
+
+    def _longest(self) -> int | None:
+        """Bytes of text that one token can stand for; None if there is no bound.
+
+        Text of n bytes has at least n / longest_token tokens, so a hopelessly long one is refused unseen. A
+        normalizer, or an added token that takes the white space around it along, can shorten any text.
+        """
+        if self._inner.normalizer is not None or any(t.lstrip or t.rstrip for t in self._added.values()):
+            return None
+        # In the byte alphabet a character is a byte; an added token is written as it is.
+        spelled = map(len, self._inner.get_vocab(with_added_tokens=False))
+        return max((*spelled, *(len(token.content.encode()) for token in self._added.values())), default=None)
 
     @classmethod
     def from_file(cls, path: Path, *, bos_id: int | None = None) -> Tokenizer:

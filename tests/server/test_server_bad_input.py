@@ -11,7 +11,7 @@ from typing import Any
 import msgpack
 import pytest
 import zmq
-from fake_engine import MAX_SEQ_LEN, VOCAB_SIZE, FakeEngine, Peer, Service, echo
+from fake_engine import MAX_SEQ_LEN, VOCAB_SIZE, ByteTokenizer, FakeEngine, Peer, Service, echo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -126,6 +126,19 @@ def test_too_large_a_message_is_answered_with_its_id(peer: Peer) -> None:
     assert (reply["id"], reply["code"]) == ("large", "bad_request")
     assert "1048576" in reply["message"]
     assert peer.silent()
+
+
+def test_text_that_cannot_fit_is_refused_before_it_is_tokenized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ByteTokenizer, "longest_token", 2)
+    with Service(tmp_path) as service, Peer(service.endpoint) as peer:
+        service.engine.script = echo
+        for fields in ({"op": "generate", "prompt": "é" * 257}, {"op": "tokenize", "text": "x" * 513}):
+            reply = peer.ask(id=1, **fields)
+            assert reply["code"] == "too_long"
+            assert "514 bytes" in reply["message"] or "513 bytes" in reply["message"]
+        assert len(peer.ask(id=1, op="tokenize", text="x" * 512)["tokens"]) == 512
 
 
 def test_a_monstrous_frame_costs_its_sender_the_connection_and_nobody_else(service: Service) -> None:

@@ -128,3 +128,14 @@ def test_damaged_file_is_named(tmp_path: Path) -> None:
             Tokenizer.from_file(path)
     path.write_bytes(TINY.tokenizer_json())
     assert Tokenizer.from_file(path).encode("hello").tolist() == [TINY.tokens.index("hello")]
+
+
+@given(st.text() | st.text(alphabet="helo <|im_start|>end\n ", max_size=200))
+def test_text_has_at_least_as_many_tokens_as_its_length_demands(text: str) -> None:
+    tokenizer = _load(TINY)
+    assert tokenizer.longest_token is not None
+    assert len(text.encode()) <= tokenizer.longest_token * len(tokenizer.encode(text))
+
+
+def test_a_normalizer_leaves_no_such_bound() -> None:
+    assert _load(dataclasses.replace(TINY, pre="qwen2")).longest_token is None
