@@ -1,7 +1,7 @@
 """The daemon's configuration: defaults < TOML file < environment < command line, validated as one.
 
-A key is written `section.key`; in the environment it is EDGELLM_SECTION_KEY. Unknown keys are refused, with the
-nearest known one; every error names the source that the value came from.
+A key is written `section.key`; in the environment it is EDGELLM_SECTION_KEY. Unknown keys are refused, with
+the nearest known one; every error names the source that the value came from.
 """
 
 from __future__ import annotations

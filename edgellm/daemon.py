@@ -25,6 +25,7 @@ from edgellm.engine import Engine
 from edgellm.enginedir import EngineDir, open_engine, verify_engine
 from edgellm.errors import ConfigError, ExecutorFault
 from edgellm.executor.base import Executor, ExecutorInfo
+from edgellm.executor.factory import make_executor
 from edgellm.scheduler.scheduler import Scheduler
 from edgellm.server import Server
 from edgellm.text.chat import ChatTemplate
@@ -85,7 +86,7 @@ class Daemon:
         return 0
 
     def _install_signals(self) -> None:
-        def handle(number: int, _frame: FrameType | None) -> None:
+        def handle(_number: int, _frame: FrameType | None) -> None:
             if self._stop.is_set():
                 self._hurry.set()
             self._stop.set()
@@ -100,7 +101,7 @@ class Daemon:
             verified = pool.submit(verify_engine, directory)
             text = pool.submit(_load_text, directory)
             with self._phase("executor"):
-                executor = _make_executor(self._config, directory)
+                executor = make_executor(directory, self._config.engine)
                 self._executor = executor
                 report = executor.load(self._note_progress)
             with self._phase("verify"):
@@ -191,28 +192,3 @@ class Daemon:
 
 def _load_text(directory: EngineDir) -> tuple[Tokenizer, ChatTemplate | None]:
     return directory.tokenizer(), directory.chat_template()
-
-
-def _make_executor(config: Config, directory: EngineDir) -> Executor:
-    """The executor the engine was built for, no larger than it was built for.
-
-    Raises:
-        ConfigError: an `engine.*` key asks for more than the engine has.
-        EngineError: no such executor here.
-    """
-    wanted = config.engine
-    limits = {}
-    for name in ("max_batch_size", "max_seq_len", "max_num_tokens"):
-        built, asked = getattr(directory.build, name), getattr(wanted, name)
-        if asked > built:
-            flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"engine.{name} = {asked}, but {directory.path} was built with {flag} {built}")
-        limits[name] = asked or built
-    from edgellm.executor.cpu import CpuExecutor
-
-    return CpuExecutor(
-        directory.path,
-        directory.spec,
-        threads=wanted.threads or len(os.sched_getaffinity(0)),
-        **limits,
-    )

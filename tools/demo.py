@@ -1,7 +1,7 @@
 """The main job, end to end, as a user does it: fetch a model, build an engine, serve it, ask, stop.
 
-Every line starting with `$` is a command that works as it stands. Ends with 0 only if the daemon became ready,
-an answer streamed through the socket, and the daemon drained and exited 0 on SIGTERM.
+Every line starting with `$` is a command that works as it stands. Ends with 0 only if the daemon became
+ready, an answer streamed through the socket, and the daemon drained and exited 0 on SIGTERM.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def _command(*words: str) -> list[str]:
 
 
 def _run(*words: str, capture: bool = False) -> str:
-    done = subprocess.run(_command(*words), check=False, text=True, stdout=subprocess.PIPE if capture else None)
+    done = subprocess.run(
+        _command(*words), check=False, text=True, stdout=subprocess.PIPE if capture else None
+    )
     if done.returncode != 0:
         sys.exit(f"demo: {shlex.join(words)} ended with {done.returncode}")
     if capture:

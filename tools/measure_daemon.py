@@ -31,15 +31,17 @@ import psutil
 
 from edgellm.bench.bare import BareBench
 from edgellm.bench.endpoint import latencies, steady_decode_rate
-from edgellm.bench.executors import engine_facts, load_executor, threads_of
+from edgellm.bench.facts import engine_facts
 from edgellm.bench.load import Load
 from edgellm.bench.prompts import PASSAGE, Prompts
 from edgellm.bench.report import Column, Report, show
 from edgellm.bench.statistics import Interval, ratio_of_medians, summarize
 from edgellm.bench.workloads import Workload, parse_counts
 from edgellm.client import Client
+from edgellm.config import EngineConfig
 from edgellm.enginedir import EngineDir, open_engine
 from edgellm.errors import EdgellmError, ExecutorFault, UsageError
+from edgellm.executor.factory import make_executor, threads_of
 
 DEPTH = 16
 """Tokens in front of the decode that is compared: short, so that all requests start at nearly one time."""
@@ -82,11 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EdgellmError as error:
         print(f"measure_daemon: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
+    threads = threads_of(EngineConfig(threads=args.threads))
     report = Report(
         facts={
-            **engine_facts(engine, args.threads),
-            "as deployed": f"{args.slots} slots of {engine.build.max_seq_len} tokens,"
-            f" {threads_of(args.threads)} threads",
+            **engine_facts(engine, threads),
+            "as deployed": f"{args.slots} slots of {engine.build.max_seq_len} tokens, {threads} threads",
             "decode compared": f"1 thread, {args.rounds} alternating rounds, {args.tokens} tokens"
             f" behind {DEPTH}, medians, 95 % bootstrap interval of the ratio",
         },
@@ -183,9 +185,10 @@ def _through_socket(engine: EngineDir, args: argparse.Namespace) -> Iterator[dic
     socket: dict[int, list[float]] = {batch: [] for batch in batches}
     with _daemon(args.engine, *flags) as daemon, Load(daemon.endpoint) as load:
         prompts = _prompts(daemon, DEPTH)
-        executor = load_executor(engine, slots=slots, threads=1, progress=lambda _name, _fraction: None)
-        bench = BareBench(executor)
+        executor = make_executor(engine, EngineConfig(threads=1, max_batch_size=slots))
         try:
+            executor.load(lambda _name, _fraction: None)
+            bench = BareBench(executor)
             for number in range(args.rounds):
                 for batch in batches:
                     # Whoever goes first meets another machine than whoever goes second: they take turns.

@@ -9,6 +9,7 @@ import platform
 from pathlib import Path
 
 from edgellm import __version__
+from edgellm.enginedir import EngineDir
 
 
 def machine_facts(root: Path = Path("/")) -> dict[str, str | int]:
@@ -24,6 +25,21 @@ def machine_facts(root: Path = Path("/")) -> dict[str, str | int]:
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def engine_facts(engine: EngineDir, threads: int) -> dict[str, str | int]:
+    """The machine's facts and the engine's, run with `threads` CPU threads, for a report."""
+    quantization = engine.config.pretrained_config.quantization
+    grouped = f" in groups of {quantization.group_size}" if quantization.group_size else ""
+    return {
+        **machine_facts(),
+        "executor": executor_version(engine.config.edgellm.executor),
+        "threads": threads,
+        "model": engine.model_name,
+        "quantization": f"{quantization.quant_algo}{grouped}",
+        "compute": engine.compute,
+        "max_num_tokens": engine.build.max_num_tokens,
     }
 
 

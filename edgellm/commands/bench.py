@@ -111,11 +111,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _bare(args: argparse.Namespace) -> Report:
     from edgellm.bench import bare
-    from edgellm.bench.executors import engine_facts, load_executor
+    from edgellm.bench.facts import engine_facts
     from edgellm.bench.report import Report
     from edgellm.bench.workloads import compose, parse_counts
     from edgellm.commands.progress import progress_bar
+    from edgellm.config import EngineConfig
     from edgellm.enginedir import open_engine, verify_engine
+    from edgellm.executor.factory import make_executor, threads_of
 
     def counts(name: str, least: int = 0) -> tuple[int, ...] | None:
         text = getattr(args, name)
@@ -133,8 +135,10 @@ def _bare(args: argparse.Namespace) -> Report:
     with progress_bar() as progress:
         verify_engine(engine, progress)
         slots = max(workload.batch for workload in workloads)
-        executor = load_executor(engine, slots=slots, threads=args.threads, progress=progress)
+        wanted = EngineConfig(threads=args.threads, max_batch_size=slots)
+        executor = make_executor(engine, wanted)
         try:
+            executor.load(progress)
             bench = bare.BareBench(executor)
             seconds = []
             for index, workload in enumerate(workloads):
@@ -143,7 +147,7 @@ def _bare(args: argparse.Namespace) -> Report:
         finally:
             executor.close()
     return Report(
-        facts={**engine_facts(engine, args.threads), "repetitions": args.repetitions},
+        facts={**engine_facts(engine, threads_of(wanted)), "repetitions": args.repetitions},
         columns=bare.COLUMNS,
         rows=[
             bare.row_of(workload, values, engine.build.max_num_tokens)

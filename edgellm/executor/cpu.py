@@ -53,7 +53,7 @@ class CpuExecutor:
         directory: the engine directory.
         spec: its model's numbers.
         max_batch_size: slots.
-        max_seq_len: tokens per slot; what the engine was built for.
+        max_seq_len: tokens per slot; at most what the engine was built for.
         max_num_tokens: tokens that a step may feed.
         threads: ONNX Runtime's, the calling one included.
     """
@@ -97,6 +97,7 @@ class CpuExecutor:
         Raises:
             ExecutorFault: ONNX Runtime cannot load the model, or memory ran out.
         """
+        assert self._session is None, "loaded already"
         info, spec = self._info, self._spec
         meter = _Meter()
         progress("weights", 0.0)

@@ -2,7 +2,7 @@
 
     inputs   input_ids i32[B, S] · seqlens_k i32[B] (tokens after this run, − 1) · total_sequence_length i32[]
              (the largest of them, + 1) · logits_rows i64[R] (which of the B·S positions are wanted)
-             past_key_values.{layer}.{key,value} f32[B, kv_heads, max_seq, head_size]
+             past_key_values.{layer}.{key,value} f32[B, kv_heads, M, head_size], M ≤ max_seq_len
     outputs  logits f32[R, vocab] · present.{layer}.{key,value}, to be bound to the same memory as the past
 
 What is fused: q, k and v; gate and up; a residual sum with the norm that follows it. How a linear computes is
@@ -100,7 +100,8 @@ class OnnxGraph:
         y = self._name("attention")
         past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
         present = [f"present.{layer}.{part}" for part in ("key", "value")]
-        cache: list[Dimension] = ["B", spec.num_key_value_heads, self._max_seq_len, spec.head_size]
+        # M, not max_seq_len: a daemon may give its slots less than the engine was built for.
+        cache: list[Dimension] = ["B", spec.num_key_value_heads, "M", spec.head_size]
         for name in past:
             self._file.input(name, np.float32, cache)
         for name in present:

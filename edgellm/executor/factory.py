@@ -1,0 +1,42 @@
+"""The executor that an engine was built for, of the size that is asked for."""
+
+from __future__ import annotations
+
+import os
+
+from edgellm.config import EngineConfig
+from edgellm.enginedir import EngineDir
+from edgellm.errors import ConfigError
+from edgellm.executor.base import Executor
+
+LIMITS = ("max_batch_size", "max_seq_len", "max_num_tokens")
+
+
+def make_executor(directory: EngineDir, wanted: EngineConfig) -> Executor:
+    """Make the executor, not loaded yet; the caller closes it.
+
+    Raises:
+        ConfigError: an `engine.*` key asks for more than the engine was built for.
+    """
+    from edgellm.executor.cpu import CpuExecutor
+
+    return CpuExecutor(
+        directory.path,
+        directory.spec,
+        threads=threads_of(wanted),
+        **{name: _limit(directory, wanted, name) for name in LIMITS},
+    )
+
+
+def threads_of(wanted: EngineConfig) -> int:
+    """Threads to run the model with: those asked for, or one for each core that this process may use."""
+    return wanted.threads or len(os.sched_getaffinity(0))
+
+
+def _limit(directory: EngineDir, wanted: EngineConfig, name: str) -> int:
+    built: int = getattr(directory.build, name)
+    asked: int = getattr(wanted, name)
+    if asked > built:
+        flag = "--" + name.replace("_", "-")
+        raise ConfigError(f"engine.{name} = {asked}, but {directory.path} was built with {flag} {built}")
+    return asked or built
