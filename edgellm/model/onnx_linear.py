@@ -152,9 +152,10 @@ class Linears:
                 f"groups.{x.rank}.{groups}", np.array([*leading, groups, group], np.int64)
             )
             last = self._file.constant("axis.last", np.array([-1], np.int64))
-            self._file.node("Reshape", [x.name, shape], [f"{x.name}.groups"])
-            self._file.node("ReduceSum", [f"{x.name}.groups", last], [f"{x.name}.sums"], keepdims=0)
-            self._group_sums[key] = f"{x.name}.sums"
+            split, sums = f"{x.name}.groups.{group}", f"{x.name}.sums.{group}"
+            self._file.node("Reshape", [x.name, shape], [split])
+            self._file.node("ReduceSum", [split, last], [sums], keepdims=0)
+            self._group_sums[key] = sums
         return self._group_sums[key]
 
     def _add_rest_rows(self, ids: str, weight: Grouped, rest: str, main: str, name: str) -> None:

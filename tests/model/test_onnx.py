@@ -1,0 +1,180 @@
+"""The emitted network against transformers' float32 logits and against a float64 decoder in numpy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from engines import all_logits, tiny_executor
+from numpy.typing import NDArray
+from reference_decoder import reference_logits
+from tiny_llama import TINY, TinyLlama
+
+from edgellm.checkpoint import Checkpoint, open_checkpoint
+from edgellm.errors import BuildError
+from edgellm.model.decoder import build_decoder
+from edgellm.model.onnx import OnnxGraph
+from edgellm.model.onnx_file import OnnxFile
+from edgellm.model.onnx_linear import Linears, Value
+from edgellm.model.weights import Dense, Grouped, Groups, Weight
+
+GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "llama_logits.npz")
+TIED = TINY["3/1 heads of 64, tied"]
+
+
+def _relative(got: NDArray[np.floating], expected: NDArray[np.floating]) -> float:
+    """Largest difference over the largest logit."""
+    return float(np.abs(got - expected).max() / np.abs(expected).max())
+
+
+def _kl(got: NDArray[np.floating], expected: NDArray[np.floating]) -> float:
+    """Largest KL divergence of a position, in nats."""
+    p, q = (x.astype(np.float64) - x.max(axis=-1, keepdims=True) for x in (expected, got))
+    p, q = (x - np.log(np.exp(x).sum(axis=-1, keepdims=True)) for x in (p, q))
+    return float((np.exp(p) * (p - q)).sum(axis=-1).max())
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_reference_decoder_agrees_with_transformers(name: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(TINY[name].write_gguf(tmp_path / "tiny.gguf"))
+    assert _relative(reference_logits(checkpoint, GOLDEN[f"{name}.tokens"]), GOLDEN[f"{name}.logits"]) < 1e-5
+
+
+@pytest.mark.parametrize("compute", ["fp32", "int8"])
+@pytest.mark.parametrize("name", TINY)
+def test_an_unquantized_model_gives_transformers_logits(name: str, compute: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(TINY[name].write_gguf(tmp_path / "tiny.gguf"))
+    executor = tiny_executor(checkpoint, tmp_path / "engine", compute=compute)  # type: ignore[arg-type]
+    assert _relative(all_logits(executor, GOLDEN[f"{name}.tokens"].tolist()), GOLDEN[f"{name}.logits"]) < 1e-4
+
+
+QUANTIZED = [
+    ("Q4_1", "Q8_0", TIED),
+    ("Q4_0", "Q8_0", TIED),
+    ("Q8_0", "Q8_0", TIED),
+    ("Q4_1", "Q4_1", TIED),
+    ("Q4_0", "Q4_0", TIED),
+    ("Q4_1", "F16", TIED),
+    ("F16", "Q8_0", TIED),
+    ("BF16", "BF16", TIED),
+    ("Q4_1", "Q8_0", replace(TIED, tied=False)),
+    ("Q8_0", "Q4_1", replace(TIED, tied=False, heads=4, kv_heads=2)),
+]
+
+
+@pytest.mark.parametrize(("linear", "embedding", "tiny"), QUANTIZED)
+def test_a_quantized_model_computes_its_dequantized_weights(
+    linear: str, embedding: str, tiny: TinyLlama, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(tiny.write_gguf(tmp_path / "tiny.gguf", linear, embedding))
+    tokens = np.random.default_rng(0).integers(0, tiny.vocab, 12).tolist()
+    expected = reference_logits(checkpoint, tokens)
+    exact = tiny_executor(checkpoint, tmp_path / "fp32", compute="fp32")
+    assert _relative(all_logits(exact, tokens), expected) < 1e-4
+    # What is left is the rounding of activations to 8 bits. Of these weights, made to be sensitive, one wrong
+    # nibble order, scale or offset costs more than 0.3.
+    fast = tiny_executor(checkpoint, tmp_path / "int8", compute="int8")
+    assert _kl(all_logits(fast, tokens), expected) < 0.01
+
+
+def test_quantized_weights_stay_quantized_and_are_stored_once(tmp_path: Path) -> None:
+    tiny = replace(TIED, hidden=256, inner=512)
+    path = tiny.write_gguf(tmp_path / "tiny.gguf", "Q4_1", "Q8_0")
+    tiny_executor(open_checkpoint(path), tmp_path / "engine", compute="int8")
+    # Q4_1 takes 20 bytes a group, here 24 (float32 scale and offset); Q8_0 34, here 36.
+    assert (tmp_path / "engine" / "model.onnx.data").stat().st_size < 1.35 * path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"architecture": "MambaForCausalLM"}, "MambaForCausalLM"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"position_embedding_type": "alibi"}, "alibi"),
+        ({"num_key_value_heads": 2}, "2 key/value heads"),
+        ({"qk_layernorm": True}, "q_norm"),
+        ({"vocab_size": 266}, "token_embd.weight"),
+        ({"intermediate_size": 160}, "ffn_gate.weight"),
+    ],
+)
+def test_what_cannot_be_built_is_named(change: dict[str, object], named: str, tmp_path: Path) -> None:
+    checkpoint: Any = _Changed(open_checkpoint(TIED.write_gguf(tmp_path / "tiny.gguf")), change)
+    file = OnnxFile(tmp_path / "model.onnx")
+    graph = OnnxGraph(file, checkpoint.spec, 32, "int8", lambda part, done: None)
+    with pytest.raises(Exception, match=named) as caught:
+        build_decoder(graph, checkpoint)
+    assert type(caught.value).__name__ in {"BuildError", "CheckpointError"}
+    file.abandon()
+
+
+class _Changed:
+    """A checkpoint whose spec says something else."""
+
+    def __init__(self, checkpoint: Checkpoint, change: dict[str, object]) -> None:
+        self._checkpoint = checkpoint
+        self.spec = msgspec.structs.replace(checkpoint.spec, **change)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._checkpoint, name)
+
+
+def test_a_group_that_onnx_runtime_has_no_kernel_for_is_refused_by_name(tmp_path: Path) -> None:
+    def read() -> Groups:
+        return Groups(q=np.zeros((4, 24), np.uint8), scale=np.ones((4, 1), np.float32))
+
+    weight = Grouped("blk.0.ffn_up.weight", (4, 24), 4, 24, False, read)
+    file = OnnxFile(tmp_path / "model.onnx")
+    with pytest.raises(BuildError, match=r"blk\.0\.ffn_up\.weight has groups of 24"):
+        Linears(file, "int8").project(Value("x", 2, 24), [weight], [None], "y")
+    file.abandon()
+
+
+def _random_dense(name: str, shape: tuple[int, ...], seed: int) -> Dense:
+    values = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    return Dense(name, shape, "f32", lambda: values)
+
+
+def _random_grouped(name: str, shape: tuple[int, int], bits: int, group: int, seed: int) -> Grouped:
+    chance = np.random.default_rng(seed)
+    low, high, dtype = (0, 16, np.uint8) if bits == 4 else (-128, 128, np.int8)
+    groups = Groups(
+        q=chance.integers(low, high, shape, dtype),
+        scale=chance.uniform(0.01, 0.1, (shape[0], shape[1] // group)).astype(np.float32),
+        offset=chance.normal(0, 0.3, (shape[0], shape[1] // group)).astype(np.float32),
+    )
+    return Grouped(name, shape, bits, group, True, lambda: groups)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group", [16, 32, 64, 128])
+@pytest.mark.parametrize("rank", [2, 3])
+def test_a_projection_of_mixed_parts_with_biases(bits: int, group: int, rank: int, tmp_path: Path) -> None:
+    """Parts of different layouts, one of them biased, against float64; groups with offsets, 4 and 8 bits."""
+    import onnxruntime as ort
+
+    k = 256
+    parts: list[Weight] = [
+        _random_grouped("a", (24, k), bits, group, 1),
+        _random_grouped("b", (8, k), 12 - bits, 32, 2),
+        _random_dense("c", (16, k), 3),
+    ]
+    bias = _random_dense("c.bias", (16,), 4)
+    file = OnnxFile(tmp_path / "model.onnx")
+    shape: list[int | str] = ["B", "S", k] if rank == 3 else ["R", k]
+    x = Value(file.input("x", np.float32, shape), rank, k)
+    y = Linears(file, "int8").project(x, parts, [None, None, bias], "y")
+    file.output(y.name, np.float32, [*shape[:-1], y.width])
+    file.close()
+
+    values = np.random.default_rng(5).standard_normal((2, 3, k)[3 - rank :]).astype(np.float32)
+    session = ort.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {"x": values})
+    expected = np.concatenate([values.astype(np.float64) @ part.dequantize().T for part in parts], axis=-1)
+    expected[..., 32:] += bias.dequantize()
+    assert got.shape == expected.shape
+    # 8 bits of an activation leave an error of at most max|x|/254 each: under 1 % of the result's size.
+    assert np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2)) < 0.01

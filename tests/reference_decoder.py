@@ -1,0 +1,72 @@
+"""A llama-family decoder in float64 numpy, straight from the formulas: slow, cacheless, easy to check."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgellm.checkpoint.base import Checkpoint
+
+Array = NDArray[np.float64]
+
+
+def reference_logits(checkpoint: Checkpoint, tokens: Sequence[int]) -> Array:
+    """Logits float64 [T, vocab] of every position, from dequantized weights."""
+    spec = checkpoint.spec
+
+    def tensor(name: str) -> Array:
+        return checkpoint.tensor(name).dequantize().astype(np.float64)
+
+    def linear(x: Array, name: str) -> Array:
+        y: Array = x @ tensor(name).T
+        return y + tensor(f"{name}.bias") if checkpoint.has(f"{name}.bias") else y
+
+    def norm(x: Array, name: str) -> Array:
+        mean_square = (x * x).mean(axis=-1, keepdims=True)
+        scaled: Array = x / np.sqrt(mean_square + spec.norm_epsilon) * tensor(name)
+        return scaled
+
+    x = tensor("embed_tokens")[list(tokens)]
+    for i in range(spec.num_hidden_layers):
+        h = norm(x, f"layers.{i}.input_layernorm")
+        q, k, v = (
+            linear(h, f"layers.{i}.self_attn.{part}_proj").reshape(len(tokens), -1, spec.head_size)
+            for part in "qkv"
+        )
+        heads = _attention(_rotated(q, spec.rotary_base), _rotated(k, spec.rotary_base), v)
+        x = x + linear(heads, f"layers.{i}.self_attn.o_proj")
+
+        h = norm(x, f"layers.{i}.post_attention_layernorm")
+        gate = linear(h, f"layers.{i}.mlp.gate_proj")
+        h = gate / (1 + np.exp(-gate)) * linear(h, f"layers.{i}.mlp.up_proj")
+        x = x + linear(h, f"layers.{i}.mlp.down_proj")
+    x = norm(x, "norm")
+    return linear(x, "lm_head" if checkpoint.has("lm_head") else "embed_tokens")
+
+
+def _rotated(x: Array, base: float) -> Array:
+    """[T, heads, d]: at position p, elements j and j + d/2 turn by p · base^(−2j/d)."""
+    size = x.shape[-1]
+    turned = np.empty_like(x)
+    for position in range(len(x)):
+        for j in range(size // 2):
+            angle = position * base ** (-2 * j / size)
+            a, b = x[position, :, j], x[position, :, j + size // 2]
+            turned[position, :, j] = a * np.cos(angle) - b * np.sin(angle)
+            turned[position, :, j + size // 2] = a * np.sin(angle) + b * np.cos(angle)
+    return turned
+
+
+def _attention(q: Array, k: Array, v: Array) -> Array:
+    """q [T, H, d], k and v [T, G, d]; query head h uses key head h // (H / G) → [T, H·d]."""
+    count, heads, size = q.shape
+    out = np.empty_like(q)
+    for head in range(heads):
+        shared = head // (heads // k.shape[1])
+        scores = q[:, head] @ k[:, shared].T / np.sqrt(size)
+        scores[np.triu_indices(count, 1)] = -np.inf
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        out[:, head] = weights / weights.sum(axis=-1, keepdims=True) @ v[:, shared]
+    return out.reshape(count, -1)

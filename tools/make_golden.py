@@ -1,0 +1,53 @@
+"""Write tests/golden/llama_logits.npz: what transformers computes in float32 for the tests' models.
+
+    python tools/make_golden.py
+
+Needs torch and transformers, which edgellm does not; last run with 2.13.0 and 5.23.0. For each model there
+are `{name}.tokens` int64 [T] and `{name}.logits` float32 [T, vocab]. The weights are not stored: they come
+from numpy's RandomState, whose stream is fixed.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden" / "llama_logits.npz"
+TOKENS = 12
+
+
+def main() -> int:
+    """Compute and write."""
+    import torch  # type: ignore[import-not-found]
+    import transformers  # type: ignore[import-not-found]
+
+    sys.path.insert(0, str(ROOT / "tests"))
+    from tiny_llama import TINY
+
+    golden = {}
+    for name, tiny in TINY.items():
+        config = transformers.LlamaConfig(**tiny.transformers_config(), attn_implementation="eager")
+        model = transformers.LlamaForCausalLM(config).eval()
+        # Under Hugging Face's names: `model.` before all but the head, `.weight` after.
+        state = {
+            f"{key}.weight" if key == "lm_head" else f"model.{key}.weight": torch.from_numpy(values)
+            for key, values in tiny.weights().items()
+        }
+        missing, unexpected = model.load_state_dict(state, strict=False)
+        assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+        model.tie_weights()
+        tokens = np.random.RandomState(3).randint(0, tiny.vocab, TOKENS)
+        with torch.no_grad():
+            logits = model(torch.from_numpy(tokens)[None]).logits[0]
+        golden[f"{name}.tokens"] = tokens
+        golden[f"{name}.logits"] = logits.float().numpy()
+    np.savez_compressed(GOLDEN, **golden)  # type: ignore[arg-type]
+    print(f"{GOLDEN}: torch {torch.__version__}, transformers {transformers.__version__}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
