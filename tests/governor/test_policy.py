@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -429,3 +430,71 @@ def test_the_worst_cause_is_named_and_all_are_listed() -> None:
     governor = Governor()
     governor.see(board_at(94.0))
     assert governor.see(board_at(60.0)).detail.startswith("recovering: tj-thermal 94.0 °C")
+
+
+# ── the controller beside other ceilings ────────────────────────────────────────────────────────────────────
+
+
+def test_the_controller_does_not_wind_up_while_a_limit_holds_the_duty_down() -> None:
+    governor = Governor()
+    throttled = governor.see(board_at(92.0), seconds=150).duty
+    governor.state = with_limit(governor.state, Limit("perception", duty=0.1))
+    governor.see(
+        board_at(86.0), seconds=300
+    )  # cooler than the target: because of the limit, not of the controller
+    governor.state = without_limit(governor.state, None)
+    assert governor.see(board_at(86.0)).duty <= throttled + 0.05
+
+
+def test_the_controller_goes_on_falling_from_where_a_limit_holds_the_duty() -> None:
+    governor = Governor()
+    governor.see(board_at(88.0))
+    governor.state = with_limit(governor.state, Limit("perception", duty=0.5))
+    governor.see(board_at(88.0), seconds=5)
+    assert governor.see(board_at(92.0), seconds=20).duty < 0.5
+
+
+def test_the_duty_falls_no_faster_than_its_rate_limit_within_throttled() -> None:
+    governor = Governor()
+    governor.see(board_at(40.0), seconds=2)
+    duties = [1.0, *(governor.see(board_at(92.0)).duty for _ in range(3))]
+    assert duties[1] == pytest.approx(0.8)
+    assert all(before - after <= 0.2 + 1e-9 for before, after in pairwise(duties))
+
+
+def test_after_shed_the_controller_begins_at_half_of_what_was_too_much() -> None:
+    governor = Governor()
+    before = governor.see(board_at(88.0)).duty
+    governor.see(board_at(94.0))
+    governor.see(board_at(88.0), seconds=30)
+    decision = governor.see(board_at(88.0))
+    assert decision.state is State.THROTTLED
+    assert decision.duty == pytest.approx(before / 2, abs=0.05)
+
+
+def test_nothing_is_given_back_without_a_new_sweep() -> None:
+    governor = Governor()
+    governor.see(board_at())
+    alerted = replace(board_at(), throttling={"gpu-throttle-alert": 1})
+    governor.see(alerted, seconds=10)
+    stale = replace(board_at(), at=governor.now)
+    duties = []
+    for _ in range(100):
+        governor.now += 1.0
+        governor.state, decision = step(governor.settings, governor.state, stale, governor.now)
+        duties.append(governor.state.stress_duty)
+    assert decision.reason == "sensors_stale"
+    assert set(duties) == {duties[0]}
+    assert duties[0] < 1.0
+
+
+def test_memory_pressure_is_left_below_its_line_by_a_margin() -> None:
+    def pressed(some: float, full: float) -> Readings:
+        return replace(board_at(), memory=replace(PLENTY, psi_some=some, psi_full=full))
+
+    governor = Governor()
+    assert governor.see(pressed(21.0, 11.0)).state is State.SHED
+    assert governor.see(pressed(21.0, 9.0), seconds=60).state is State.SHED  # 9 is not below 10 / 1.25
+    assert governor.see(pressed(21.0, 7.0), seconds=60).state is State.THROTTLED
+    assert governor.see(pressed(17.0, 0.0), seconds=60).state is State.THROTTLED
+    assert governor.see(pressed(15.0, 0.0), seconds=120).state is State.NORMAL

@@ -143,6 +143,14 @@ def test_pc(tmp_path: Path) -> None:
     assert readings.memory.psi_some == 0.12
 
 
+def test_a_zone_that_shuts_down_earlier_is_assumed_to_throttle_earlier(tmp_path: Path) -> None:
+    root = expand("agx-orin-r35", tmp_path)
+    put(
+        root, f"{THERMAL}/thermal_zone7/trip_point_0_temp", "95000"
+    )  # SOC0: a critical trip and no passive one
+    assert trips(Sensors(root).read())["soc0-therm"] == (89.5, None, 95.0)
+
+
 def test_nothing_at_all_reads_as_nothing(tmp_path: Path) -> None:
     readings = Sensors(tmp_path, clock=Clock()).read()
     assert readings == Readings(at=100.0)
