@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from edgellm.errors import ConfigError
+from edgellm.governor.config import GovernorConfig, LimitsConfig, SensorsConfig
 from edgellm.server_config import ServerConfig
 
 if sys.version_info >= (3, 11):
@@ -74,6 +75,9 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     server: ServerConfig = ServerConfig()
     engine: EngineConfig = EngineConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    governor: GovernorConfig = GovernorConfig()
+    limits: LimitsConfig = LimitsConfig()
+    sensors: SensorsConfig = SensorsConfig()
     log: LogConfig = LogConfig()
 
 

@@ -2,7 +2,8 @@
 
 Other threads talk to it through `submit` and `stop`, which only append to a queue; it answers through the
 `deliver` callback, once per step. While there is work it runs schedule → submit → collect → commit; with a
-pipelined executor the next step is scheduled before the last one is collected. Without work it sleeps.
+pipelined executor the next step is scheduled before the last one is collected. Without work it sleeps, and
+with a duty below 1 it pauses between steps.
 """
 
 from __future__ import annotations
@@ -76,6 +77,9 @@ class Engine:
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._steps = 0
+        self._limits = (executor.info.max_batch_size, 1.0)
+        self._rested_from = clock()  # end of the last step
+        self._last_step_s = 0.0
         self.beat = 0
         self.fault: BaseException | None = None
 
@@ -91,6 +95,14 @@ class Engine:
     def stop(self, key: int, finish: Finish) -> None:
         """End a request after the step in flight; an unknown key is ignored. From any thread."""
         self._inbox.append((key, finish))
+        self._wake.set()
+
+    def limit(self, batch_cap: int, duty: float) -> None:
+        """From the next step on advance at most `batch_cap` rows, and run `duty` of the time; any thread.
+
+        After a step of t seconds the engine pauses for t · (1 / duty − 1); with a cap of 0 nothing runs.
+        """
+        self._limits = (batch_cap, duty)
         self._wake.set()
 
     def snapshot(self) -> EngineStats:
@@ -126,11 +138,13 @@ class Engine:
                 self._wake.clear()
                 self._read_inbox()
                 self._publish(self._scheduler.expire(self._clock()))
-                self._fill(in_flight)
+                pause = self._pause()
+                if pause <= 0:
+                    self._fill(in_flight)
                 if in_flight:
                     self._finish(in_flight.popleft())
                 else:
-                    self._sleep()
+                    self._sleep(pause)
             for flight in in_flight:
                 self._executor.collect(flight.ticket)
             self._end_all(Finish.SHUTDOWN)
@@ -171,13 +185,24 @@ class Engine:
     def _finish(self, flight: _InFlight) -> None:
         result = self._executor.collect(flight.ticket)
         now = self._clock()
+        self._rested_from, self._last_step_s = now, now - flight.started
         self._pace.observe(sum(len(row.tokens) for row in flight.plan.step.rows), now - flight.started)
         self._steps += 1
         self._publish(self._scheduler.commit(flight.plan, result, now))
 
-    def _sleep(self) -> None:
+    def _pause(self) -> float:
+        """Seconds until the duty lets the next step begin; applies the newest limits."""
+        self._scheduler.batch_cap, duty = self._limits
+        if duty <= 0 or self._scheduler.batch_cap == 0:
+            return 0.0  # the cap holds everything
+        return self._rested_from + self._last_step_s * (1 / duty - 1) - self._clock()
+
+    def _sleep(self, pause: float) -> None:
+        """Sleep for a pause, or until there is work, a deadline, or it is time for the next beat."""
+        wait = min(IDLE_WAIT_S, pause) if pause > 0 else IDLE_WAIT_S
         deadline = self._scheduler.next_deadline
-        wait = IDLE_WAIT_S if deadline is None else min(IDLE_WAIT_S, max(0.0, deadline - self._clock()))
+        if deadline is not None:
+            wait = min(wait, max(0.0, deadline - self._clock()))
         self._wake.wait(wait)
 
     def _publish(self, updates: list[Update]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -145,3 +146,36 @@ def test_the_beat_goes_on_without_work() -> None:
                 break
             threading.Event().wait(0.05)
         assert engine.beat > before
+
+
+def test_duty_pauses_between_steps() -> None:
+    """At duty 1/3 a step of 5 ms is followed by 10 ms of rest: the same answer takes three times as long."""
+    executor = FakeExecutor(delay_s=0.005)
+    with running(executor) as (engine, inbox):
+        engine.limit(4, 1 / 3)
+        started = time.monotonic()
+        engine.submit(request(1, max_tokens=20))
+        inbox.wait_ends(1)
+        took = time.monotonic() - started
+    assert took >= 19 * 0.015
+    assert inbox.finishes[1] == [Finish.LENGTH]
+
+
+def test_a_cap_of_zero_holds_everything_and_lets_it_go_on_where_it_was() -> None:
+    executor = FakeExecutor(delay_s=0.001)
+    each = request(1, max_tokens=60)
+    with running(executor) as (engine, inbox):
+        engine.submit(each)
+        inbox.wait(lambda: len(inbox.tokens[1]) >= 3)
+        engine.limit(0, 0.0)
+        engine.submit(request(2))
+        threading.Event().wait(0.1)
+        held = engine.snapshot()
+        threading.Event().wait(0.1)
+        assert engine.snapshot().steps == held.steps
+        fed = executor.fed_tokens
+        engine.limit(4, 1.0)
+        inbox.wait_ends(2)
+        # Nothing is computed again: what is fed from here on is what was left of both.
+        assert executor.fed_tokens - fed == (60 - held.completion_tokens) + (5 - 1 + 8)
+    assert inbox.tokens[1] == expected_tokens(each.prompt.tolist(), each.sampling, 60, 97)
