@@ -3,6 +3,7 @@
 hear    what a client sent → a reply, or a request for the engine
 take    what the engine did → what clients are to be sent
 send    what is due, as far as there is room
+submit  what was heard → the engine, once its `accepted` is on its way
 bury    who has vanished → their requests are stopped
 """
 
@@ -97,6 +98,7 @@ class Exchange:
         self._connections: dict[bytes, Connection] = {}
         self._routes: dict[int, bytes] = {}  # descriptor → route
         self._keys = itertools.count(1)
+        self._admitted: list[engine_side.Request] = []
         self._counts: Counter[str] = Counter()
         self._mean_s: float | None = None  # of a request, arrival to end; moving
 
@@ -186,7 +188,7 @@ class Exchange:
             raise BadRequest("a request with this id is open on this connection", field="id")
         if self.draining:
             raise ShuttingDown("the daemon is stopping and takes no new requests")
-        model, engine = self._ready()
+        model, _ = self._ready()
         self._check_room(connection, model.max_batch_size)
         admitted = admit(model, request, self._config.default_max_tokens)
         priority = connection.grant.cap(request.priority)
@@ -203,7 +205,7 @@ class Exchange:
             arrival=arrival,
             token_bytes=model.tokenizer.token_bytes,
         )
-        engine.submit(
+        self._admitted.append(
             engine_side.Request(
                 key=stream.key,
                 prompt=admitted.prompt,
@@ -239,6 +241,7 @@ class Exchange:
             raise NotFound(
                 "no request with this id is open on this connection; it may just have ended", field="target"
             )
+        self.submit()  # the target may be among them
         self._stop(stream, Finish.CANCELLED)
         return CancelReply(id=request.id, target=request.target)
 
@@ -278,7 +281,24 @@ class Exchange:
             chat_template=model.template is not None,
         )
 
-    # What the engine does.
+    # What the engine is asked, and what it does.
+
+    def submit(self) -> None:
+        """Hand what was heard to the engine.
+
+        After `send`: the engine begins at once, and then takes the cores that `accepted` needs to leave.
+        """
+        admitted, self._admitted = self._admitted, []
+        for request in admitted:
+            connection = self.open[request.key][1]
+            if self._connections.get(connection.route) is not connection:  # vanished meanwhile
+                self.take([Update(request.key, finish=Finish.CANCELLED)])
+                continue
+            try:
+                self._ready()[1].submit(request)
+            except Exception as error:
+                log_failure("handing a request to the engine", error)
+                self.take([Update(request.key, finish=Finish.FAULT)])
 
     def take(self, updates: list[Update]) -> None:
         """Take what a step gave."""

@@ -156,6 +156,7 @@ class Server:
             self._exchange.bury()
             self._exchange.hear(incoming)
         self._exchange.send()
+        self._exchange.submit()
 
     def _take_notes(self) -> None:
         with contextlib.suppress(BlockingIOError):

@@ -180,6 +180,7 @@ def test_an_open_id_cannot_be_used_twice(tmp_path: Path) -> None:
         peer.send(id="a", op="generate", prompt="first")
         second = peer.ask(id="a", op="generate", prompt="second")
         assert (second["code"], second["field"]) == ("bad_request", "id")
+        service.engine.wait(lambda engine: len(engine.requests) == 1)
         (first,) = service.engine.requests
         service.engine.end(first.key, data=b"one")
         assert peer.receive()["text"] == "one"

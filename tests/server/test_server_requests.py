@@ -157,6 +157,17 @@ def test_defaults(service: Service, peer: Peer) -> None:
     assert first.sampling.seed != second.sampling.seed
 
 
+def test_a_request_and_its_cancel_sent_together_reach_the_engine_in_order(
+    service: Service, peer: Peer
+) -> None:
+    for _ in range(20):
+        peer.send(id="short", op="generate", prompt="x")
+        peer.send(id="c", op="cancel", target="short")
+        replies = {reply["id"]: reply for reply in (peer.receive(), peer.receive())}
+        assert (replies["c"]["ev"], replies["short"]["code"]) == ("cancel", "cancelled")
+    assert [key for key, _ in service.engine.stopped] == [request.key for request in service.engine.requests]
+
+
 def test_cancel_ends_the_request_and_says_so(service: Service, peer: Peer) -> None:
     peer.send(id="long", op="generate", prompt="x", stream=True)
     request = submitted(service)
@@ -204,7 +215,7 @@ def test_a_full_queue_is_overloaded_and_says_when_to_come_back(tmp_path: Path) -
         reply = peer.ask(id="more", op="generate", prompt="x")
         assert (reply["id"], reply["code"]) == ("more", "overloaded")
         assert reply["retry_after_ms"] > 0
-        service.engine.end(service.engine.requests[0].key)
+        service.engine.end(submitted(service).key)
         assert peer.receive()["ev"] == "done"
         peer.send(id="more", op="generate", prompt="x")
         service.engine.wait(lambda engine: len(engine.requests) == SLOTS + 3)
