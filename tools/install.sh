@@ -30,6 +30,7 @@ python=
 drop_ins=()
 uninstall=
 purge=
+changed=
 
 while [ $# -gt 0 ]; do
     case $1 in
@@ -74,6 +75,7 @@ put() {
     install -D --mode="$3" "$1" "$2.new"
     mv --force "$2.new" "$2"
     say "wrote ${2#"$root"}"
+    changed=yes
 }
 
 remove() {
@@ -146,6 +148,7 @@ activate() {
         ln --symbolic --force --no-dereference "$target" "$current.new"
         mv --force --no-target-directory "$current.new" "$current"
         say "$prefix/current is $target${old:+; it was $old}"
+        changed=yes
         for directory in "$root$prefix"/releases/*; do
             case releases/${directory##*/} in "$target" | "$old") ;; *) rm -rf "$directory" ;; esac
         done
@@ -175,6 +178,7 @@ use_engine() {
         ln --symbolic --force --no-dereference "$engine" "$link.new"
         mv --force --no-target-directory "$link.new" "$link"
         say "/var/lib/edgellm/engine is $engine"
+        changed=yes
     fi
     local file
     file=$(mktemp)
@@ -218,7 +222,7 @@ if [ -n "$engine" ]; then
     use_engine
     systemctl_target enable edgellm.service
 fi
-if live; then
+if live && [ -n "$changed" ]; then
     systemctl daemon-reload
     systemctl try-restart edgellm.service
 fi
