@@ -113,9 +113,11 @@ class SensorsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         required: names as in `Readings.known`; a missing or unknown one throttles. None: the board's own
             expectation; []: nothing is required, for a guest under a hypervisor that has no sensors.
         interval_s: between two sweeps. Reads may be calls into firmware: not below 0.5 s.
+        root: where /sys, /proc and /etc are looked for: `/` but for tests, and containers that mount them elsewhere.
         rediscover_s: after a sensor vanished, at most this often is looked for it again.
     """
 
     required: list[str] | None = None
+    root: str = "/"
     interval_s: Annotated[float, Meta(ge=0.5, le=60)] = 1.0
     rediscover_s: Annotated[float, Meta(ge=1, le=86_400)] = 60.0
