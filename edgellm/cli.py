@@ -1,4 +1,4 @@
-"""The command line, `edgellm COMMAND …`: each command is a module of edgellm.commands with register and run."""
+"""The command line, `edgellm COMMAND …`; a command is a module of edgellm.commands with register and run."""
 
 from __future__ import annotations
 

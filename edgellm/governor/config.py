@@ -113,7 +113,7 @@ class SensorsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         required: names as in `Readings.known`; a missing or unknown one throttles. None: the board's own
             expectation; []: nothing is required, for a guest under a hypervisor that has no sensors.
         interval_s: between two sweeps. Reads may be calls into firmware: not below 0.5 s.
-        root: where /sys, /proc and /etc are looked for: `/` but for tests, and containers that mount them elsewhere.
+        root: where /sys, /proc and /etc are; another one than `/` is for tests and containers.
         rediscover_s: after a sensor vanished, at most this often is looked for it again.
     """
 
