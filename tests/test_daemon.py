@@ -131,7 +131,8 @@ def test_a_drain_that_takes_too_long_ends_what_is_open(smollm2_engine: Path, end
 def test_slots_may_be_fewer_and_shorter_than_built(smollm2_engine: Path, endpoint: str) -> None:
     flags = ["--max-batch-size", "1", "--max-seq-len", "128", "--max-num-tokens", "32"]
     with daemon(smollm2_engine, endpoint, *flags) as process, Client(endpoint) as client:
-        model = client.wait_ready(READY_S) and client.model()
+        client.wait_ready(READY_S)
+        model = client.model()
         assert (model.max_batch_size, model.max_seq_len, model.max_num_tokens) == (1, 128, 32)
         assert "Paris" in client.chat(QUESTION, temperature=0, max_tokens=24).text
         with pytest.raises(RequestError) as refused:
