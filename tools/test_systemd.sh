@@ -76,7 +76,7 @@ site=$tree/opt/edgellm/current/lib/python$suite_python/site-packages
 cp "$here/tests/systemd/boot/edgellm_fault.py" "$site"
 echo "import edgellm_fault" >"$site/edgellm_fault.pth"
 mkdir -p "$tree"/etc/systemd/system/{edgellm.service.d,edgellm-retry.service.d,multi-user.target.wants}
-printf '[Service]\nWatchdogSec=5\n' >"$tree/etc/systemd/system/edgellm.service.d/test.conf"
+printf '[Service]\nWatchdogSec=5\nTimeoutStopSec=6\n' >"$tree/etc/systemd/system/edgellm.service.d/test.conf"
 # An empty assignment clears the list; what follows the pause is the shipped command.
 {
     printf '[Service]\nExecStart=\nExecStart=/bin/sleep 3\n'

@@ -6,8 +6,12 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from edgellm.config import Config, load_config
+from edgellm.errors import ConfigError
 from edgellm.governor.platform import Board, identify_board, read_text
 from edgellm.governor.sensors import Readings, Sensors
+
+CONFIGURATION = "etc/edgellm/edgellm.toml"
 
 COMMAND_TIMEOUT_S = 5.0
 
@@ -38,6 +42,13 @@ class Host:
         self.run = run
         self.board: Board = identify_board(root)
         self.readings: Readings = Sensors(root, board=self.board).read()
+        self.config_error: ConfigError | None = None
+        self.config = self._config()
+
+    @property
+    def configured(self) -> bool:
+        """Whether the service has a configuration file."""
+        return self.path(CONFIGURATION).exists()
 
     @property
     def live(self) -> bool:
@@ -57,6 +68,16 @@ class Host:
         """A small file's content, stripped, or None if it cannot be read."""
         content = read_text(self.path(name))
         return None if content is None else content.strip()
+
+    def _config(self) -> Config:
+        """The service's configuration; the defaults where there is none, or none that is valid."""
+        if self.configured:
+            try:
+                # The environment of whoever runs the doctor is not the service's.
+                return load_config(self.path(CONFIGURATION), environment={})
+            except ConfigError as error:
+                self.config_error = error
+        return Config()
 
     def glob(self, pattern: str) -> list[Path]:
         """Files of the machine, sorted; what cannot be listed is not there."""

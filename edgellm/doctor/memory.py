@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from edgellm.doctor.finding import Finding, Level
 from edgellm.doctor.host import Host
-from edgellm.governor.config import GovernorConfig
 
 PRESSURE = "proc/pressure/memory"
 
@@ -21,7 +20,7 @@ def check_memory(host: Host) -> Iterator[Finding]:
 
 
 def _free(host: Host) -> Finding:
-    memory, governor = host.readings.memory, GovernorConfig()
+    memory, governor = host.readings.memory, host.config.governor
     if memory.total is None or memory.available is None:
         return Finding(
             "memory",
@@ -64,7 +63,7 @@ def _swap(host: Host) -> Finding:
 
 
 def _pressure(host: Host) -> Finding:
-    memory, governor = host.readings.memory, GovernorConfig()
+    memory, governor = host.readings.memory, host.config.governor
     if memory.psi_some is None:
         return Finding(
             "pressure",

@@ -7,7 +7,6 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from edgellm.doctor.configuration import CONFIGURATION, read_configuration
 from edgellm.doctor.finding import Finding, Level
 from edgellm.doctor.host import Host
 
@@ -31,8 +30,7 @@ def check_service(host: Host) -> Iterator[Finding]:
 
 
 def _socket_directory(host: Host) -> Finding:
-    config = read_configuration(host)[0] if host.path(CONFIGURATION).exists() else None
-    endpoint = (config.server.endpoint if config else None) or DEFAULT_ENDPOINT
+    endpoint = host.config.server.endpoint or DEFAULT_ENDPOINT
     scheme, _, path = endpoint.partition("://")
     if scheme != "ipc":
         return Finding("socket", Level.OK, endpoint, "not a file")

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from edgellm.doctor.finding import Finding, Level
 from edgellm.doctor.host import Host
-from edgellm.governor.config import GovernorConfig
 
 
 def check_thermal(host: Host) -> Iterator[Finding]:
@@ -17,7 +16,7 @@ def check_thermal(host: Host) -> Iterator[Finding]:
 
 
 def _headroom(host: Host) -> Finding:
-    governor = GovernorConfig()
+    governor = host.config.governor
     zones = host.readings.zones
     governing = [(zone.margin, zone) for zone in zones if zone.margin is not None]
     if not governing:
@@ -47,13 +46,15 @@ def _headroom(host: Host) -> Finding:
 def _required(host: Host) -> Iterator[Finding]:
     zones = host.readings.zones
     unknown = [zone.name for zone in zones if zone.celsius is None]
-    missing = [name for name in host.board.expects.required if not host.readings.known(name)]
+    configured = host.config.sensors.required
+    required = host.board.expects.required if configured is None else configured
+    missing = [name for name in required if not host.readings.known(name)]
     if missing and any(zone.celsius is not None for zone in zones):
         yield Finding(
             "sensors",
             Level.WARN,
             f"{', '.join(missing)} cannot be read",
-            "this board should have it: the governor stays THROTTLED",
+            "it is required: the governor stays THROTTLED",
             "see dmesg for thermal; sensors.required in the configuration says what must be readable",
         )
     elif zones:

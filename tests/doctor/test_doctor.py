@@ -11,10 +11,9 @@ import pytest
 from trees import TREES, expand, put, remove
 
 from edgellm.commands import doctor
-from edgellm.doctor.configuration import CONFIGURATION
 from edgellm.doctor.examination import CHECKS, as_json, as_text, examine, worst
 from edgellm.doctor.finding import Finding, Level
-from edgellm.doctor.host import Host, run_command
+from edgellm.doctor.host import CONFIGURATION, Host, run_command
 from edgellm.doctor.power import power_modes
 from edgellm.errors import UsageError
 
@@ -109,6 +108,19 @@ def test_heat_is_judged_by_the_zones_own_trip(agx: Path, celsius: float, level: 
     thermal = findings(agx)["thermal"]
     assert thermal.level is level
     assert state in thermal.meaning
+
+
+def test_thresholds_and_required_sensors_are_the_configured_ones(agx: Path) -> None:
+    put(
+        agx,
+        CONFIGURATION,
+        "[governor]\nnormal_below_c = 60\nthrottle_below_c = 50\n[sensors]\nrequired = ['cv0']",
+    )
+    found = findings(agx)
+    assert found["thermal"].level is Level.WARN  # 47 °C below its trip
+    assert "THROTTLED" in found["thermal"].meaning
+    assert found["sensors"].level is Level.WARN
+    assert found["sensors"].value == "cv0 cannot be read"
 
 
 def test_an_orin_without_zones_fails_and_a_pc_without_does_not(agx: Path, pc: Path) -> None:
