@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The governor in a closed loop: the real policy against a thermal model, with a fake clock.
 
-    tools/simulate_governor.py [--hours 3] [--seed 0] [--scenario NAME …] [--png docs/governor.png]
+    tools/simulate_governor.py [--hours 3] [--seed 0] [--scenario NAME …] [--random N] [--png FILE]
 
 The plant has two nodes, junction and heatsink:
 
@@ -161,6 +161,32 @@ SCENARIOS = (
     Scenario("no zone readable for 10 min", FANLESS, always(45.0), blind=between(4000.0, 4600.0, 1.0, 0.0)),
     Scenario("memory 400, then 200 MiB", FAN, always(40.0), available=_shrinking),
 )
+
+
+def random_scenario(number: int) -> Scenario:
+    """A box nobody chose: any power, resistances, capacities and ambient within reason; every other one has a
+    neighbour that comes and goes. The number is its seed."""
+    draw = random.Random(number)
+    watts = draw.uniform(8.0, 50.0)
+    share = min(1.0, 25.0 / watts)  # a stronger board comes with a better cooler
+    plant = Plant(
+        idle=draw.uniform(3.0, 12.0),
+        leak=draw.uniform(0.0, 0.05),
+        step=watts,
+        row=draw.uniform(0.0, watts / 10.0),
+        t0=0.04,
+        t1=draw.uniform(0.0003, 0.01),
+        junction_sink=share * draw.uniform(0.1, 0.7),
+        sink_ambient=share * draw.uniform(0.3, 3.0),
+        junction_capacity=draw.uniform(4.0, 25.0),
+        sink_capacity=draw.uniform(100.0, 900.0),
+    )
+    ambient = draw.uniform(25.0, 70.0)
+    neighbour = always(0.0)
+    if number % 2:
+        period = draw.uniform(200.0, 1500.0)
+        neighbour = every(period, draw.uniform(0.1, 0.5) * period, draw.uniform(0.1, 0.4) * watts, 0.0)
+    return Scenario(f"random {number}, {ambient:.0f} °C", plant, always(ambient), neighbour=neighbour)
 
 
 @dataclass
@@ -359,13 +385,14 @@ def main() -> int:
     parser.add_argument("--hours", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenario", action="append", help="part of a name; may be repeated; default: all")
+    parser.add_argument("--random", type=int, default=0, metavar="N", help="N random boxes as well")
     parser.add_argument("--png", type=Path, help="draw into this file")
     arguments = parser.parse_args()
     config = GovernorConfig()
     traces: dict[str, Trace] = {}
     missed = False
     print(HEADER)
-    for scenario in SCENARIOS:
+    for scenario in (*SCENARIOS, *map(random_scenario, range(arguments.random))):
         if arguments.scenario and not any(part in scenario.name for part in arguments.scenario):
             continue
         outcome, trace = assess(scenario, config, seconds=int(arguments.hours * 3600), seed=arguments.seed)

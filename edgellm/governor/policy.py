@@ -34,6 +34,10 @@ DUTY_STEP_UP = 0.05
 SHED_DUTY = 0.5
 """The controller's duty is multiplied by this when SHED is entered: it was too high."""
 
+LONGEST_DWELL = 20
+"""A state that is entered again within so many dwells after a better one has its own dwell doubled, up to so
+many: whatever swings, with the default of 30 s there are at most 12 transitions an hour in the end."""
+
 NO_CAUSE = Cause("none", State.NORMAL, "nothing to back off from")
 NO_ZONES = Cause("none", State.NORMAL, "no thermal zone governs on this host: heat is not watched")
 DISABLED = Cause("none", State.NORMAL, "the governor is switched off: only limits act")
@@ -74,6 +78,8 @@ class PolicyState:
     Attributes:
         state, since: the state, and when it was entered.
         calm_since: since when nothing asks for the state any more.
+        dwells: how many dwells of calm it takes to leave the state.
+        improved_at: when a state was last left for a better one.
         blame: the cause that the state is owed to.
         watch: what the causes remember.
         heat_duty: the controller's output, before ceilings.
@@ -86,6 +92,8 @@ class PolicyState:
     state: State = State.NORMAL
     since: float = 0.0
     calm_since: float | None = None
+    dwells: int = 1
+    improved_at: float = float("-inf")
     blame: Cause = NO_CAUSE
     watch: Watch = field(default_factory=Watch)
     heat_duty: float = 1.0
@@ -147,26 +155,28 @@ def _limit_causes(limits: tuple[Limit, ...]) -> list[Cause]:
 def _transition(settings: Settings, state: PolicyState, causes: list[Cause], now: float) -> PolicyState:
     worst = max(causes, key=lambda cause: cause.state, default=NO_CAUSE)  # the first of equals
     if worst.state >= state.state:
-        entered = worst.state > state.state
-        return replace(
-            state,
-            state=worst.state,
-            since=now if entered else state.since,
-            calm_since=None,
-            blame=worst if worst.state > State.NORMAL else NO_CAUSE,
-        )
+        blame = worst if worst.state > State.NORMAL else NO_CAUSE
+        after = replace(state, calm_since=None, blame=blame)
+        return _worsened(settings, after, worst.state, now) if worst.state > state.state else after
     calm_since = now if state.calm_since is None else state.calm_since
-    if now - calm_since < settings.governor.dwell_s:
+    calm = now - calm_since >= state.dwells * settings.governor.dwell_s
+    if not calm or (state.state is State.THROTTLED and not _recovered(settings, state)):
         return replace(state, calm_since=calm_since)
-    if state.state > State.THROTTLED:
+    if state.state is State.THROTTLED:
+        better, blame = State.NORMAL, NO_CAUSE
+    else:
         # One dwell in THROTTLED at least: NORMAL is never entered from a worse state.
-        blame = worst if worst.state > State.NORMAL else state.blame
-        return replace(
-            state, state=max(worst.state, State.THROTTLED), since=now, calm_since=None, blame=blame
+        better, blame = (
+            max(worst.state, State.THROTTLED),
+            worst if worst.state > State.NORMAL else state.blame,
         )
-    if not _recovered(settings, state):
-        return replace(state, calm_since=calm_since)
-    return replace(state, state=State.NORMAL, since=now, calm_since=None, blame=NO_CAUSE)
+    return replace(state, state=better, since=now, calm_since=None, improved_at=now, blame=blame)
+
+
+def _worsened(settings: Settings, state: PolicyState, worse: State, now: float) -> PolicyState:
+    relapsed = now - state.improved_at < LONGEST_DWELL * settings.governor.dwell_s
+    dwells = min(2 * state.dwells, LONGEST_DWELL) if relapsed else 1
+    return replace(state, state=worse, since=now, dwells=dwells)
 
 
 def _recovered(settings: Settings, state: PolicyState) -> bool:

@@ -82,6 +82,20 @@ def test_heat_is_left_below_another_line_after_the_dwell(
     assert governor.see(board_at(leaves_at), seconds=60).state is then
 
 
+@pytest.mark.parametrize("swing", [(75.0, 88.0), (75.0, 94.0), (86.0, 94.0), (75.0, 100.0)])
+@pytest.mark.parametrize("half_period", [40, 300])
+def test_whatever_swings_there_are_at_most_twelve_transitions_an_hour(
+    swing: tuple[float, float], half_period: int
+) -> None:
+    governor = Governor()
+    states = []
+    for second in range(2 * 3600):
+        celsius = swing[second // half_period % 2]
+        states.append(governor.see(board_at(celsius)).state)
+    last_hour = states[-3600:]
+    assert sum(a is not b for a, b in pairwise(last_hour)) <= 12
+
+
 def test_the_hottest_zone_relative_to_its_own_trip_counts() -> None:
     zones = (Zone("cpu-thermal", 90.0, 110.0), Zone("tj-thermal", 80.0, 85.0), Zone("nvme", 200.0, None))
     decision = Governor().see(replace(board_at(), zones=zones))

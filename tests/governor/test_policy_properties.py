@@ -200,7 +200,7 @@ def test_everything_recovers_once_the_board_is_well(
         zones=tuple(Zone(name, 40.0, 99.0, 104.5) for name in NAMES),
         memory=Memory(available=1 << 33, swap_free=1 << 30, psi_some=0.0, psi_full=0.0),
     )
-    walked.go([(1.0, well, None)] * 400)
+    walked.go([(5.0, well, None)] * 300)  # the longest dwell is 600 s, twice from CRITICAL
     _, decision = walked.history[-1]
     assert (decision.state, decision.batch_cap, decision.duty) == (
         State.NORMAL,
