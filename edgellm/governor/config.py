@@ -26,8 +26,8 @@ class GovernorConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         shed_exit_below_c: SHED is left below this.
         critical_exit_below_c: CRITICAL, which is entered at the trip itself, is left below this.
         target_below_c: where the duty controller holds the hottest zone while THROTTLED.
-        dwell_s: a state is left when what caused it has been gone for this long; where states come and go, the
-            time doubles with each return, up to 20 times this.
+        dwell_s: a state is left when what caused it has been gone for this long; where states come and go,
+            the time doubles with each return, up to 20 times this.
         duty_floor: the least duty of THROTTLED, and the duty of SHED.
         duty_unknown: the most duty while a required sensor is unknown.
         duty_gain: duty per °C of change of the hottest zone (the proportional part).
