@@ -104,6 +104,14 @@ def _unit(host: Host) -> Finding:
             "docs/operations.md says what the codes mean",
             f"journalctl --unit {UNIT} --lines 20",
         )
+    if state.get("SubState") == "auto-restart":
+        return Finding(
+            "unit",
+            Level.FAIL,
+            f"{value}: {state.get('Result', '?')}, exit code {state.get('ExecMainStatus', '?')}",
+            "it failed and is started again, and again",
+            f"journalctl --unit {UNIT} --lines 20",
+        )
     if restarts not in {"", "0"}:
         return Finding(
             "unit",

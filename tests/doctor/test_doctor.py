@@ -281,6 +281,17 @@ def systemctl(version: str, **properties: str) -> Callable[[Sequence[str]], str 
             "active (running), restarted 3 times",
         ),
         (
+            {
+                "ActiveState": "activating",
+                "SubState": "auto-restart",
+                "Result": "exit-code",
+                "ExecMainStatus": "75",
+                "NRestarts": "2",
+            },
+            Level.FAIL,
+            "activating (auto-restart): exit-code, exit code 75",
+        ),
+        (
             {"ActiveState": "failed", "Result": "exit-code", "ExecMainStatus": "78"},
             Level.FAIL,
             "failed: exit-code, exit code 78",

@@ -452,6 +452,8 @@ def main() -> int:
                 sh("systemctl", "restart", UNIT, check=False)
         rows.append(f"{verdict:4}  {time.monotonic() - started:5.1f} s  {what:46}  {detail}")
         Path("/findings").write_text("\n".join(rows) + "\n")
+        if function is ready and verdict != "ok":
+            break  # whatever follows needs a service that starts
     if not good:
         log = sh("journalctl", "--no-pager", "--lines", "300", check=False)
         Path("/findings").write_text("\n".join(rows) + "\n\n" + log)
