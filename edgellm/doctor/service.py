@@ -88,13 +88,17 @@ def _unit(host: Host) -> Finding:
         )
     output = host.run(["systemctl", "show", UNIT, *(f"--property={name}" for name in PROPERTIES)])
     state = dict(line.split("=", 1) for line in (output or "").splitlines() if "=" in line)
-    active = state.get("ActiveState", "")
-    value = f"{active} ({state.get('SubState', '?')})"
-    restarts = state.get("NRestarts", "0")
-    if not active or state.get("LoadState") != "loaded":
+    if not state.get("ActiveState") or state.get("LoadState") != "loaded":
         return Finding(
             "unit", Level.OK, f"{UNIT} is installed", "systemd does not run here, or has not read it yet"
         )
+    return _unit_state(state)
+
+
+def _unit_state(state: dict[str, str]) -> Finding:
+    active = state["ActiveState"]
+    value = f"{active} ({state.get('SubState', '?')})"
+    restarts = state.get("NRestarts", "0")
     if active == "failed":
         code = state.get("ExecMainStatus", "?")
         return Finding(
