@@ -13,6 +13,7 @@ from edgellm.checkpoint import Checkpoint
 from edgellm.enginedir import BuildConfig
 from edgellm.executor.base import Row, Step, Want
 from edgellm.executor.cpu import CpuExecutor
+from edgellm.model.kv_cache import KvCache
 from edgellm.model.onnx import emit
 
 MAX_SEQ_LEN = 48
@@ -23,6 +24,7 @@ def tiny_executor(
     directory: Path,
     *,
     compute: Literal["int8", "fp32"],
+    kv_cache: KvCache = "fp32",
     slots: int = 1,
     max_num_tokens: int = 32,
 ) -> CpuExecutor:
@@ -36,7 +38,7 @@ def tiny_executor(
         opt_num_tokens=slots,
     )
     directory.mkdir(exist_ok=True)
-    emit(checkpoint, directory, build, compute=compute, progress=lambda part, done: None)
+    emit(checkpoint, directory, build, compute=compute, kv_cache=kv_cache, progress=lambda part, done: None)
     executor = CpuExecutor(
         directory,
         checkpoint.spec,
@@ -44,6 +46,7 @@ def tiny_executor(
         max_seq_len=MAX_SEQ_LEN,
         max_num_tokens=max_num_tokens,
         threads=1,
+        kv_cache=kv_cache,
     )
     executor.load(lambda part, done: None)
     return executor

@@ -9,7 +9,7 @@ All memory is allocated in `load`; a step allocates nothing that stays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -33,11 +33,12 @@ from edgellm.executor.base import (
 from edgellm.executor.file_pages import drop_mapped_pages
 from edgellm.executor.kv_rows import KvRows
 from edgellm.executor.sampler import Sampler
+from edgellm.model.kv_cache import KV_DTYPES, KvCache
 from edgellm.model.spec import ModelSpec
 from edgellm.sampling import SamplingParams
 
 MODEL_FILE: Final = "model.onnx"
-CHUNK: Final = 256
+CHUNK: Final = 128
 """Most tokens of one run: bounds the activations' memory; longer runs are no faster per token."""
 SMALLEST_CHUNK: Final = 2
 """ONNX Runtime's kernels for one token sum in another order than those for several, which all agree."""
@@ -56,6 +57,7 @@ class CpuExecutor:
         max_seq_len: tokens per slot; at most what the engine was built for.
         max_num_tokens: tokens that a step may feed.
         threads: ONNX Runtime's, the calling one included.
+        kv_cache: what the engine was built with.
     """
 
     def __init__(
@@ -67,10 +69,12 @@ class CpuExecutor:
         max_seq_len: int,
         max_num_tokens: int,
         threads: int,
+        kv_cache: KvCache = "fp32",
     ) -> None:
         self._directory = directory
         self._spec = spec
         self._threads = threads
+        self._kv_dtype = KV_DTYPES[kv_cache]
         self._chunk = min(CHUNK, max_num_tokens, max_seq_len)
         self._info = ExecutorInfo(
             name="cpu",
@@ -78,7 +82,7 @@ class CpuExecutor:
             max_seq_len=max_seq_len,
             max_num_tokens=max_num_tokens,
             vocab_size=spec.vocab_size,
-            kv_bytes_per_token=spec.kv_elements_per_token() * np.dtype(np.float32).itemsize,
+            kv_bytes_per_token=spec.kv_elements_per_token() * np.dtype(self._kv_dtype).itemsize,
             smallest_chunk=SMALLEST_CHUNK,
         )
         self._open: tuple[Ticket, Result] | None = None
@@ -103,6 +107,7 @@ class CpuExecutor:
         progress("weights", 0.0)
         path = self._directory / MODEL_FILE
         self._session = _guard("load the model", lambda: _open_session(path, self._threads))
+        self._require_kv_dtype(self._session)
         drop_mapped_pages(path.with_name(MODEL_FILE + ".data"))
         meter.read("weights")
 
@@ -115,7 +120,7 @@ class CpuExecutor:
                 kv_heads=spec.num_key_value_heads,
                 max_seq_len=info.max_seq_len,
                 head_size=spec.head_size,
-                dtype=np.float32,
+                dtype=self._kv_dtype,
             ),
         )
         meter.read("kv_cache")
@@ -164,6 +169,14 @@ class CpuExecutor:
         self._session = None
         self._open = None
 
+    def _require_kv_dtype(self, session: ort.InferenceSession) -> None:
+        built = {node.type for node in session.get_inputs() if node.name.startswith("past_key_values")}
+        asked = {np.float32: "tensor(float)", np.float16: "tensor(float16)"}[self._kv_dtype]
+        if built != {asked}:
+            raise ExecutorFault(
+                f"{self._directory} was built for KV caches of {', '.join(sorted(built))}, not of {asked}"
+            )
+
     def _decode(self, rows: Sequence[Row]) -> list[int]:
         """Run all rows of one token together; gives the slots whose logits are now in `_logits`, in order."""
         if not rows:
@@ -185,8 +198,8 @@ class CpuExecutor:
     def _prefill(self, row: Row, tokens: NDArray[np.int32], *, at: int) -> list[int]:
         """Run one row's tokens, chunk by chunk; its logits, if wanted, are row `at` of `_logits`."""
         run = self._run(self._kv.row(row.slot), 1)
-        for start in range(0, len(tokens), self._chunk):
-            chunk = tokens[start : start + self._chunk]
+        for start, end in _pieces(len(tokens), self._chunk):
+            chunk = tokens[start:end]
             run.ids[: len(chunk)] = chunk
             run.past[0] = row.past + start
             run(
@@ -249,6 +262,18 @@ class CpuExecutor:
         for batch in batches:
             progress("warm_up", batch / len(batches))
             self._run(0, batch)(1, list(range(batch)), self._logits[:batch])
+
+
+def _pieces(count: int, longest: int) -> Iterator[tuple[int, int]]:
+    """Cut `count` tokens into pieces, none longer than `longest` nor, of two or more, shorter than 2."""
+    start = 0
+    while start < count:
+        end = min(start + longest, count)
+        # Move one over rather than leave one alone: SMALLEST_CHUNK says why.
+        if count - end == 1 and longest > SMALLEST_CHUNK:
+            end -= 1
+        yield start, end
+        start = end
 
 
 class _Run:

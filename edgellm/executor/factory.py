@@ -9,8 +9,6 @@ from edgellm.enginedir import EngineDir
 from edgellm.errors import ConfigError
 from edgellm.executor.base import Executor
 
-LIMITS = ("max_batch_size", "max_seq_len", "max_num_tokens")
-
 
 def make_executor(directory: EngineDir, wanted: EngineConfig) -> Executor:
     """Make the executor, not loaded yet; the caller closes it.
@@ -24,7 +22,9 @@ def make_executor(directory: EngineDir, wanted: EngineConfig) -> Executor:
         directory.path,
         directory.spec,
         threads=threads_of(wanted),
-        **{name: _limit(directory, wanted, name) for name in LIMITS},
+        max_batch_size=_limit(directory, wanted, "max_batch_size"),
+        max_seq_len=_limit(directory, wanted, "max_seq_len"),
+        max_num_tokens=_limit(directory, wanted, "max_num_tokens"),
     )
 
 

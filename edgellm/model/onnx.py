@@ -2,7 +2,7 @@
 
     inputs   input_ids i32[B, S] · seqlens_k i32[B] (tokens after this run, − 1) · total_sequence_length i32[]
              (the largest of them, + 1) · logits_rows i64[R] (which of the B·S positions are wanted)
-             past_key_values.{layer}.{key,value} f32[B, kv_heads, M, head_size], M ≤ max_seq_len
+             past_key_values.{layer}.{key,value} f32 or f16 [B, kv_heads, M, head_size], M ≤ max_seq_len
     outputs  logits f32[R, vocab] · present.{layer}.{key,value}, to be bound to the same memory as the past
 
 What is fused: q, k and v; gate and up; a residual sum with the norm that follows it. How a linear computes is
@@ -23,7 +23,8 @@ from edgellm.enginedir import BuildConfig
 from edgellm.errors import BuildError
 from edgellm.executor.base import Progress
 from edgellm.model.decoder import Attention, build_decoder
-from edgellm.model.onnx_file import CONTRIB, Dimension, OnnxFile
+from edgellm.model.kv_cache import KV_DTYPES, KvCache
+from edgellm.model.onnx_file import CONTRIB, Dimension, OnnxFile, onnx_type
 from edgellm.model.onnx_linear import Compute, Linears, Value
 from edgellm.model.spec import ModelSpec
 from edgellm.model.weights import Weight
@@ -32,9 +33,17 @@ MODEL_FILE: Final = "model.onnx"
 
 
 def emit(
-    checkpoint: Checkpoint, directory: Path, build: BuildConfig, *, compute: Compute, progress: Progress
+    checkpoint: Checkpoint,
+    directory: Path,
+    build: BuildConfig,
+    *,
+    compute: Compute,
+    kv_cache: KvCache = "fp32",
+    progress: Progress,
 ) -> None:
     """Write `model.onnx` and `model.onnx.data` into the directory, tensor by tensor.
+
+    With a `fp16` cache attention alone computes in float16; the rest of the network does not change.
 
     Raises:
         BuildError: the network or a weight's layout has no ONNX form here.
@@ -43,7 +52,14 @@ def emit(
     """
     file = OnnxFile(directory / MODEL_FILE)
     try:
-        graph = OnnxGraph(file, checkpoint.spec, build.max_seq_len, compute, progress)
+        graph = OnnxGraph(
+            file,
+            checkpoint.spec,
+            max_seq_len=build.max_seq_len,
+            compute=compute,
+            kv_cache=kv_cache,
+            progress=progress,
+        )
         build_decoder(graph, checkpoint)
         file.close()
     finally:
@@ -55,12 +71,20 @@ class OnnxGraph:
     """The decoder's `Graph`, writing nodes and tensors to a file as they come."""
 
     def __init__(
-        self, file: OnnxFile, spec: ModelSpec, max_seq_len: int, compute: Compute, progress: Progress
+        self,
+        file: OnnxFile,
+        spec: ModelSpec,
+        *,
+        max_seq_len: int,
+        compute: Compute,
+        kv_cache: KvCache = "fp32",
+        progress: Progress,
     ) -> None:
         self._file = file
         self._spec = spec
         self._max_seq_len = max_seq_len
         self._linears = Linears(file, compute)
+        self._kv_dtype = KV_DTYPES[kv_cache]
         self._progress = progress
         self._counters: dict[str, itertools.count[int]] = {}
         file.input("input_ids", np.int32, ["B", "S"])
@@ -103,14 +127,19 @@ class OnnxGraph:
         # M, not max_seq_len: a daemon may give its slots less than the engine was built for.
         cache: list[Dimension] = ["B", spec.num_key_value_heads, "M", spec.head_size]
         for name in past:
-            self._file.input(name, np.float32, cache)
+            self._file.input(name, self._kv_dtype, cache)
         for name in present:
-            self._file.output(name, np.float32, cache)
+            self._file.output(name, self._kv_dtype, cache)
+        # The operator's activations have the type of its caches.
+        cast = self._kv_dtype != np.float32
+        heads, attended = (f"{y}.heads", f"{y}.attended") if cast else (qkv.name, y)
+        if cast:
+            self._file.node("Cast", [qkv.name], [heads], to=onnx_type(self._kv_dtype))
         # With q, k and v packed into the first input, key and value are left out.
         self._file.node(
             "GroupQueryAttention",
-            [qkv.name, "", "", *past, "seqlens_k", "total_sequence_length", *self._rotary(attention)],
-            [y, *present],
+            [heads, "", "", *past, "seqlens_k", "total_sequence_length", *self._rotary(attention)],
+            [attended, *present],
             domain=CONTRIB,
             num_heads=spec.num_attention_heads,
             kv_num_heads=spec.num_key_value_heads,
@@ -118,6 +147,8 @@ class OnnxGraph:
             do_rotary=1,
             rotary_interleaved=0,
         )
+        if cast:
+            self._file.node("Cast", [attended], [y], to=onnx_type(np.float32))
         self._progress("model", (layer + 1) / (spec.num_hidden_layers + 1))
         return Value(y, 3, spec.num_attention_heads * spec.head_size)
 
@@ -155,12 +186,12 @@ class OnnxGraph:
         return x.name
 
     def _rotary(self, attention: Attention) -> tuple[str, str]:
-        """Tensors float32 [max_seq, head_size / 2]: cos and sin of position · theta^(−2j / head_size)."""
+        """Tensors [max_seq, head_size / 2]: cos and sin of position · theta^(−2j / head_size)."""
         size = self._spec.head_size
         frequency = attention.rotary_base ** (-np.arange(0, size, 2) / size)
         angle = np.arange(self._max_seq_len)[:, None] * frequency
-        cos = self._file.constant("rotary.cos", np.cos(angle).astype(np.float32))
-        sin = self._file.constant("rotary.sin", np.sin(angle).astype(np.float32))
+        cos = self._file.constant("rotary.cos", np.cos(angle).astype(self._kv_dtype))
+        sin = self._file.constant("rotary.sin", np.sin(angle).astype(self._kv_dtype))
         return cos, sin
 
     def _name(self, kind: str) -> str:

@@ -42,7 +42,7 @@ class OnnxFile:
         if name in self._tensors:
             return name
         array = np.ascontiguousarray(array)
-        tensor = self._new_tensor(name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+        tensor = self._new_tensor(name, onnx_type(array.dtype), array.shape)
         if array.nbytes <= INLINE_BYTES:
             tensor.raw_data = array.tobytes()
         else:
@@ -114,6 +114,11 @@ class OnnxFile:
             tensor.external_data.add(key=key, value=str(value))
 
 
+def onnx_type(dtype: Any) -> int:
+    """The number that ONNX gives to numpy's dtype."""
+    number: int = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    return number
+
+
 def _value_info(name: str, dtype: Any, shape: Sequence[Dimension]) -> onnx.ValueInfoProto:
-    data_type = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    return onnx.helper.make_tensor_value_info(name, data_type, list(shape))
+    return onnx.helper.make_tensor_value_info(name, onnx_type(dtype), list(shape))

@@ -279,11 +279,42 @@ def test_a_damaged_engine_is_a_fault_that_says_so(
         executor.load(lambda part, done: None)
 
 
-def test_a_failing_run_is_a_fault(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Sizes that the engine was not built for: ONNX Runtime refuses the caches' shape."""
-    tiny_executor(checkpoint, tmp_path, compute="int8").close()
-    executor = CpuExecutor(
-        tmp_path, checkpoint.spec, max_batch_size=1, max_seq_len=MAX_SEQ_LEN // 2, max_num_tokens=8, threads=1
-    )
+def test_a_failing_run_is_a_fault(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Caches of a type that the graph does not take, and no check before: ONNX Runtime refuses to run."""
+    executor = _half_precision_on_a_float_engine(checkpoint, tmp_path)
+    monkeypatch.setattr(executor, "_require_kv_dtype", lambda session: None)
     with pytest.raises(ExecutorFault, match="could not run a step"):
         executor.load(lambda part, done: None)
+
+
+def test_a_cache_of_another_kind_than_built_is_named(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    executor = _half_precision_on_a_float_engine(checkpoint, tmp_path)
+    with pytest.raises(
+        ExecutorFault, match=r"built for KV caches of tensor\(float\), not of tensor\(float16\)"
+    ):
+        executor.load(lambda part, done: None)
+
+
+@pytest.mark.parametrize("longest", [2, 3, 8, 128])
+def test_pieces_cover_a_prompt_and_leave_no_token_alone(longest: int) -> None:
+    for count in range(1, 3 * longest + 3):
+        pieces = list(cpu._pieces(count, longest))
+        assert [token for start, end in pieces for token in range(start, end)] == list(range(count))
+        sizes = [end - start for start, end in pieces]
+        assert max(sizes) <= longest
+        assert count == 1 or longest == 2 or min(sizes) >= 2
+
+
+def _half_precision_on_a_float_engine(checkpoint: Checkpoint, directory: Path) -> CpuExecutor:
+    tiny_executor(checkpoint, directory, compute="int8").close()
+    return CpuExecutor(
+        directory,
+        checkpoint.spec,
+        max_batch_size=1,
+        max_seq_len=MAX_SEQ_LEN,
+        max_num_tokens=8,
+        threads=1,
+        kv_cache="fp16",
+    )

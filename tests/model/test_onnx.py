@@ -81,6 +81,16 @@ def test_a_quantized_model_computes_its_dequantized_weights(
     assert _kl(all_logits(fast, tokens), expected) < 0.01
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_a_half_precision_cache_costs_half_and_little_accuracy(name: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(TINY[name].write_gguf(tmp_path / "tiny.gguf"))
+    half = tiny_executor(checkpoint, tmp_path / "half", compute="fp32", kv_cache="fp16")
+    whole = tiny_executor(checkpoint, tmp_path / "whole", compute="fp32")
+    assert half.info.kv_bytes_per_token * 2 == whole.info.kv_bytes_per_token
+    error = _relative(all_logits(half, GOLDEN[f"{name}.tokens"].tolist()), GOLDEN[f"{name}.logits"])
+    assert 1e-6 < error < 5e-3
+
+
 def test_quantized_weights_stay_quantized_and_are_stored_once(tmp_path: Path) -> None:
     tiny = replace(TIED, hidden=256, inner=512)
     path = tiny.write_gguf(tmp_path / "tiny.gguf", "Q4_1", "Q8_0")
@@ -104,7 +114,7 @@ def test_quantized_weights_stay_quantized_and_are_stored_once(tmp_path: Path) ->
 def test_what_cannot_be_built_is_named(change: dict[str, object], named: str, tmp_path: Path) -> None:
     checkpoint: Any = _Changed(open_checkpoint(TIED.write_gguf(tmp_path / "tiny.gguf")), change)
     file = OnnxFile(tmp_path / "model.onnx")
-    graph = OnnxGraph(file, checkpoint.spec, 32, "int8", lambda part, done: None)
+    graph = OnnxGraph(file, checkpoint.spec, max_seq_len=32, compute="int8", progress=lambda part, done: None)
     with pytest.raises(Exception, match=named) as caught:
         build_decoder(graph, checkpoint)
     assert type(caught.value).__name__ in {"BuildError", "CheckpointError"}

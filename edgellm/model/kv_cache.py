@@ -1,0 +1,11 @@
+"""What KV caches hold: the emitter writes attention for it, the executor allocates it."""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal
+
+import numpy as np
+
+KvCache = Literal["fp32", "fp16"]
+
+KV_DTYPES: Final[dict[KvCache, type[np.floating[Any]]]] = {"fp32": np.float32, "fp16": np.float16}
