@@ -1,18 +1,18 @@
 """The daemon's life, in reading order: bind, load, serve, drain, close. The main thread lives here.
 
-The main thread owns the lifecycle and the signals. It touches neither a socket (the I/O thread's) nor the
-executor (the engine thread's, once it is loaded).
+The main thread owns the lifecycle, the signals and the governor's tick. It touches neither a socket (the I/O
+thread's), nor the executor (the engine thread's, once it is loaded), nor a sensor (the sensor thread's).
 """
 
 from __future__ import annotations
 
+import collections
 import logging
 import os
 import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,24 +20,32 @@ from types import FrameType
 
 import psutil
 
+from edgellm.board_watch import BoardWatch
 from edgellm.config import Config
 from edgellm.engine import Engine
 from edgellm.enginedir import EngineDir, open_engine, verify_engine
-from edgellm.errors import ConfigError, ExecutorFault
+from edgellm.errors import ConfigError, ExecutorFault, OperatorError
 from edgellm.executor.base import Executor, ExecutorInfo
 from edgellm.executor.factory import make_executor
+from edgellm.journal import set_level
+from edgellm.reload import reloaded
 from edgellm.scheduler.scheduler import Scheduler
 from edgellm.server import Server
+from edgellm.systemd import Notifier, Watchdog
 from edgellm.text.chat import ChatTemplate
 from edgellm.text.tokenizer import Tokenizer
+from edgellm.wakeup import Wakeup
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.5
-"""How often the main thread looks whether the others live; signals wake it at once."""
+"""How often the main thread looks after the others; signals wake it at once."""
 
 LAST_WORDS_S = 1.0
 """How long the last final messages may take to leave after the drain."""
+
+LOAD_STEP_S = 60.0
+"""Loading tells systemd again and again that it needs at most so much more time until it says so again."""
 
 SWITCH_INTERVAL_S = 0.0005
 """CPython's default of 5 ms would let the I/O thread hold up the engine thread for a whole decode step."""
@@ -48,18 +56,28 @@ class _StoppedWhileLoading(Exception):
 
 
 class Daemon:
-    """One engine, served over one socket, until a signal ends it."""
+    """One engine, served over one socket, until a signal ends it.
 
-    def __init__(self, config: Config) -> None:
-        if config.engine.path is None:
+    Args:
+        load_config: composes the configuration; called again on SIGHUP.
+    """
+
+    def __init__(self, load_config: Callable[[], Config]) -> None:
+        self._load_config = load_config
+        self._config = load_config()
+        set_level(self._config.log.level)
+        if self._config.engine.path is None:
             raise ConfigError("engine.path is not set: name the directory that `edgellm build` made")
-        self._config = config
-        self._path = Path(config.engine.path)
-        self._server = Server(config.server)
+        self._path = Path(self._config.engine.path)
+        self._server = Server(self._config.server)
+        self._notifier = Notifier()
         self._engine: Engine | None = None
         self._executor: Executor | None = None
-        self._stop = threading.Event()
-        self._hurry = threading.Event()
+        self._board: BoardWatch | None = None
+        self._wakeup = Wakeup()
+        self._signals: collections.deque[int] = collections.deque()
+        self._stopping = False
+        self._hurry = False
         self._phases: dict[str, float] = {}
 
     def run(self) -> int:
@@ -85,14 +103,42 @@ class Daemon:
         log.info("stopped")
         return 0
 
-    def _install_signals(self) -> None:
-        def handle(_number: int, _frame: FrameType | None) -> None:
-            if self._stop.is_set():
-                self._hurry.set()
-            self._stop.set()
+    # Signals: handlers only note the number, and the pipe wakes whoever sleeps.
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, handle)
+    def _install_signals(self) -> None:
+        def note(number: int, _frame: FrameType | None) -> None:
+            self._signals.append(number)
+
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, note)
+        self._wakeup.ring_on_signals()
+
+    def _take_signals(self) -> None:
+        reload = False
+        while self._signals:
+            if self._signals.popleft() == signal.SIGHUP:
+                reload = True
+            else:
+                self._hurry = self._stopping
+                self._stopping = True
+        if reload and not self._stopping:
+            self._reload()
+
+    def _reload(self) -> None:
+        """Read the configuration again; what cannot change while running is named and left as it is."""
+        self._notifier.reloading()
+        try:
+            self._config = reloaded(self._config, self._load_config())
+        except OperatorError as error:
+            log.error("reload: %s; everything stays as it was", error)  # the daemon must not end of a typo
+        else:
+            set_level(self._config.log.level)
+            assert self._board is not None
+            self._board.reconfigure(self._config)
+            log.info("reloaded")
+        self._notifier.ready(self._status())
+
+    # Load.
 
     def _load(self) -> None:
         with self._phase("open"):
@@ -109,33 +155,56 @@ class Daemon:
             with self._phase("text"):
                 tokenizer, template = text.result()
         with self._phase("engine"):
-            scheduler = Scheduler(executor.info, max_queue=self._config.server.max_queue)
             self._engine = Engine(
                 executor,
-                scheduler,
+                Scheduler(executor.info, max_queue=self._config.server.max_queue),
                 max_step_s=self._config.scheduler.max_step_ms / 1000,
                 deliver=self._server.deliver,
             )
             self._engine.start()
-            self._server.attach(
+        with self._phase("governor"):
+            self._board = BoardWatch(
+                self._config,
+                slots=executor.info.max_batch_size,
                 engine=self._engine,
-                tokenizer=tokenizer,
-                template=template,
-                directory=directory,
-                info=executor.info,
+                server=self._server,
+                notifier=self._notifier,
             )
+            self._board.start()
+        self._server.attach(
+            engine=self._engine,
+            tokenizer=tokenizer,
+            template=template,
+            directory=directory,
+            info=executor.info,
+        )
         for part, size in report.lines.items():
             log.info("memory: %s %.1f MB", part, size / 1e6)
         self._log_ready(directory, executor.info)
+        self._notifier.ready(self._status())
 
     def _note_progress(self, what: str, fraction: float) -> None:
-        if self._stop.is_set():
+        self._take_signals()
+        if self._stopping:
             raise _StoppedWhileLoading
         self._server.set_progress(what, fraction)
+        self._notifier.extend_timeout(LOAD_STEP_S, f"loading: {what} {fraction:.0%}")
+
+    # Serve.
 
     def _serve(self) -> None:
-        while not self._stop.wait(TICK_S):
+        assert self._engine is not None
+        assert self._board is not None
+        engine, server = self._engine, self._server
+        watchdog = Watchdog(self._notifier, {"engine": lambda: engine.beat, "io": lambda: server.beat})
+        while True:
+            self._take_signals()
+            if self._stopping:
+                return
             self._check_threads()
+            self._board.tick()
+            watchdog.look()
+            self._wakeup.wait(TICK_S)
 
     def _check_threads(self) -> None:
         assert self._engine is not None
@@ -144,16 +213,25 @@ class Daemon:
         if not self._server.alive:
             raise ExecutorFault("the I/O thread ended; the log says why")
 
+    def _status(self) -> str:
+        return "" if self._board is None else self._board.status()
+
+    # Drain and close.
+
     def _drain(self) -> None:
         timeout = self._config.scheduler.drain_timeout_s
         log.info("draining: %d open requests, at most %.1f s", self._server.open_requests, timeout)
+        self._notifier.stopping(f"draining {self._server.open_requests} requests")
         self._server.drain()
         end = time.monotonic() + timeout
-        while self._server.open_requests and time.monotonic() < end and not self._hurry.is_set():
+        while self._server.open_requests and time.monotonic() < end and not self._hurry:
             self._check_threads()
-            time.sleep(0.01)
+            self._wakeup.wait(0.01)
+            self._take_signals()
 
     def _close(self) -> None:
+        if self._board is not None:
+            self._board.stop()
         ended = self._engine is None or self._engine.shut_down(timeout=self._step_bound())
         self._server.close(flush_s=LAST_WORDS_S)
         if not ended:
@@ -162,6 +240,7 @@ class Daemon:
             os._exit(ExecutorFault.exit_code)
         if self._executor is not None:
             self._executor.close()
+        self._wakeup.close()
 
     def _step_bound(self) -> float:
         """Seconds within which a step in flight must have ended: a generous multiple of its budget."""

@@ -21,3 +21,8 @@ def default_endpoint() -> str:
         return "ipc:///run/edgellm/edgellm.sock"
     runtime = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}"
     return f"ipc://{runtime}/edgellm/edgellm.sock"
+
+
+def events_endpoint(endpoint: str) -> str:
+    """Where the daemon at `endpoint` publishes, unless configured otherwise: `.pub` in place of `.sock`."""
+    return endpoint.removesuffix(".sock") + ".pub"

@@ -24,6 +24,8 @@ Id = Annotated[str, Meta(min_length=1, max_length=MAX_ID_LENGTH)] | Annotated[in
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Role = Literal["system", "user", "assistant", "tool"]
 PriorityName = Literal["critical", "high", "normal", "background"]
+Phase = Literal["loading", "ready", "draining"]
+StateName = Literal["NORMAL", "THROTTLED", "SHED", "CRITICAL"]
 Millis = Annotated[int, Meta(ge=1, le=86_400_000)]
 
 
@@ -114,8 +116,45 @@ class Model(Envelope, frozen=True, kw_only=True, tag_field="op", tag="model", fo
     """Ask what is being served."""
 
 
-Request = Chat | Generate | Cancel | Tokenize | Status | Health | Model
-OPS = ("chat", "generate", "cancel", "tokenize", "status", "health", "model")
+class Limit(Envelope, frozen=True, kw_only=True, tag_field="op", tag="limit", forbid_unknown_fields=True):
+    """Put a ceiling on what runs, in place of an earlier one of the same uid. At least one of cap and duty.
+
+    Attributes:
+        batch_cap: requests that advance at once; 0: none.
+        duty: share of the time in which steps run; 0: never.
+        ttl_ms: the ceiling ends by itself after this time; absent: when it is taken back.
+    """
+
+    batch_cap: Annotated[int, Meta(ge=0)] | None = None
+    duty: Annotated[float, Meta(ge=0, le=1)] | None = None
+    ttl_ms: Millis | None = None
+
+
+class Suspend(Envelope, frozen=True, kw_only=True, tag_field="op", tag="suspend", forbid_unknown_fields=True):
+    """Let nothing run: a limit of 0. What is open keeps its place and its computed tokens."""
+
+    ttl_ms: Millis | None = None
+
+
+class Resume(Envelope, frozen=True, kw_only=True, tag_field="op", tag="resume", forbid_unknown_fields=True):
+    """Take back the limit of this uid, or those of all."""
+
+    all: bool = False
+
+
+Request = Chat | Generate | Cancel | Tokenize | Status | Health | Model | Limit | Suspend | Resume
+OPS = (
+    "chat",
+    "generate",
+    "cancel",
+    "tokenize",
+    "status",
+    "health",
+    "model",
+    "limit",
+    "suspend",
+    "resume",
+)
 
 
 class Logprob(Struct, frozen=True):
@@ -204,7 +243,7 @@ class TokenizeReply(Reply, frozen=True, kw_only=True, tag_field="ev", tag="token
 class HealthReply(Reply, frozen=True, kw_only=True, tag_field="ev", tag="health"):
     """`status`: loading, ready, or draining; `phase` names the start-up phase, `progress` is 0…1 in it."""
 
-    status: Literal["loading", "ready", "draining"]
+    status: Phase
     phase: str
     progress: float
 
@@ -212,7 +251,7 @@ class HealthReply(Reply, frozen=True, kw_only=True, tag_field="ev", tag="health"
 class StatusReply(Reply, frozen=True, kw_only=True, tag_field="ev", tag="status"):
     """Counters since the start, and how things are now. Times in seconds, memory in bytes."""
 
-    status: Literal["loading", "ready", "draining"]
+    status: Phase
     uptime_s: float
     running: int
     queued: int
@@ -225,6 +264,15 @@ class StatusReply(Reply, frozen=True, kw_only=True, tag_field="ev", tag="status"
     completion_tokens: int
     steps: int
     rss_bytes: int
+    state: StateName | None
+    reason: str | None
+    detail: str | None
+    duty: float
+    transitions: dict[str, int]
+    hottest_zone: str | None
+    hottest_c: float | None
+    watts: float | None
+    available_bytes: int | None
 
 
 class ModelReply(Reply, frozen=True, kw_only=True, tag_field="ev", tag="model"):
@@ -241,6 +289,43 @@ class ModelReply(Reply, frozen=True, kw_only=True, tag_field="ev", tag="model"):
     eos_ids: list[int]
     chat_template: bool
 
+
+class LimitReply(Reply, frozen=True, kw_only=True, tag_field="ev", tag="limit"):
+    """What may run now, all limits and causes taken together. `until`, unix seconds: when the limit ends."""
+
+    state: StateName
+    reason: str
+    detail: str
+    batch_cap: int
+    duty: float
+    until: float | None
+
+
+class SuspendReply(LimitReply, frozen=True, kw_only=True, tag_field="ev", tag="suspend"):
+    """As LimitReply."""
+
+
+class ResumeReply(LimitReply, frozen=True, kw_only=True, tag_field="ev", tag="resume"):
+    """As LimitReply; `until` is null."""
+
+
+class StateEvent(Reply, frozen=True, kw_only=True, tag_field="ev", tag="state"):
+    """Published: the governor's state, or the reason for it, changed. `at`: unix seconds."""
+
+    state: StateName
+    previous: StateName
+    reason: str
+    detail: str
+    batch_cap: int
+    duty: float
+    at: float
+
+
+class StatsEvent(StatusReply, frozen=True, kw_only=True, tag_field="ev", tag="stats"):
+    """Published once a second: what `status` would answer."""
+
+
+Published = StateEvent | StatsEvent
 
 _decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _encoder = msgspec.msgpack.Encoder()
@@ -267,6 +352,8 @@ def decode_request(payload: bytes | memoryview) -> Request:
         _check_finite(request)
     if isinstance(request, Tokenize) and (request.text is None) == (request.messages is None):
         raise BadRequest("give either text or messages", field="text")
+    if isinstance(request, Limit):
+        _check_limit(request)
     return request
 
 
@@ -347,3 +434,10 @@ def _check_finite(request: Generation) -> None:
     for token, bias in request.logit_bias.items():
         if not math.isfinite(bias):
             raise BadRequest(f"logit_bias of token {token} is not a finite number", field="logit_bias")
+
+
+def _check_limit(request: Limit) -> None:
+    if request.batch_cap is None and request.duty is None:
+        raise BadRequest("give batch_cap, duty, or both", field="batch_cap")
+    if request.duty is not None and math.isnan(request.duty):
+        raise BadRequest("duty is not a number", field="duty")

@@ -17,12 +17,15 @@ class AccessRule(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         gid: a group that the peer's user is in, or None for any.
         max_priority: requests that wish for more are lowered to this.
         max_requests: open requests of all peers under this rule together, or None for no bound of its own.
+        may_limit: whether these peers may limit and suspend the model; root and the daemon's own user
+            always may.
     """
 
     uid: Annotated[int, Meta(ge=0)] | None = None
     gid: Annotated[int, Meta(ge=0)] | None = None
     max_priority: PriorityName = "high"
     max_requests: Annotated[int, Meta(ge=0)] | None = None
+    may_limit: bool = False
 
 
 class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -30,8 +33,10 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     Attributes:
         endpoint: `ipc://PATH`; None is `edgellm.endpoint.default_endpoint()`.
-        socket_mode: octal permissions of the socket file.
-        socket_group: name or number of the group that owns the socket file, or None to leave it.
+        events_endpoint: `ipc://PATH` where state changes and statistics are published; None: endpoint's path
+            with `.pub` in place of `.sock`.
+        socket_mode: octal permissions of the socket files.
+        socket_group: name or number of the group that owns the socket files, or None to leave it.
         max_message_bytes: a larger request is refused with bad_request.
         max_queue: requests that may wait beside those that hold a slot.
         max_requests_per_client: open requests of one connection.
@@ -42,6 +47,7 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """
 
     endpoint: str | None = None
+    events_endpoint: str | None = None
     socket_mode: Annotated[str, Meta(pattern=r"^0?[0-7]{3}$")] = "0660"
     socket_group: str | None = None
     max_message_bytes: Annotated[int, Meta(ge=1024, le=64 << 20)] = 1 << 20

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +38,12 @@ def run(args: argparse.Namespace) -> int:
     """Run the daemon until it is told to stop."""
     from edgellm.config import load_config
     from edgellm.daemon import Daemon
+    from edgellm.journal import set_up_logging
 
-    config = load_config(args.config, flags=_flags(args))
-    logging.basicConfig(
-        level=config.log.level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
-    return Daemon(config).run()
+    flags = _flags(args)
+    set_up_logging("info")  # what goes wrong before the configuration is known is logged, too
+    daemon = Daemon(lambda: load_config(args.config, flags=flags))
+    return daemon.run()
 
 
 def _flags(args: argparse.Namespace) -> dict[str, Any]:

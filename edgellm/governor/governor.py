@@ -70,6 +70,11 @@ class Governor:
         return self._decision
 
     @property
+    def dwell_s(self) -> float:
+        """How long a state is kept, at least, after its cause is gone."""
+        return self._settings.governor.dwell_s
+
+    @property
     def readings(self) -> Readings | None:
         """The newest sweep."""
         return self._latest()

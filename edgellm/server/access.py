@@ -32,11 +32,21 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What a connection may do; `rule` is the index of the rule that fits it, or None."""
+    """What a connection may do.
+
+    Attributes:
+        ceiling: the best priority that it gets.
+        rule: index of the rule that fits it, or None.
+        max_requests: open requests of all under that rule, or None.
+        may_limit: whether it may limit and suspend the model.
+        owns: whether it is root or the daemon's own user.
+    """
 
     ceiling: Priority
-    rule: int | None
-    max_requests: int | None
+    rule: int | None = None
+    max_requests: int | None = None
+    may_limit: bool = False
+    owns: bool = False
 
     def cap(self, wish: str) -> Priority:
         """The priority that a request gets which wishes for `wish`."""
@@ -49,17 +59,19 @@ class Access:
     def __init__(self, config: ServerConfig) -> None:
         self._rules = config.rules
         self._by_group = any(rule.gid is not None for rule in config.rules)
-        self._default = Grant(Priority[config.max_priority.upper()], None, None)
+        self._max_priority = Priority[config.max_priority.upper()]
         self._per_client = config.max_requests_per_client
         self._open: Counter[int] = Counter()
 
     def grant(self, peer: Peer) -> Grant:
         """What the rules give a peer."""
+        owns = peer.uid in (0, os.geteuid())
         groups = _groups(peer) if self._by_group else frozenset[int]()
         for index, rule in enumerate(self._rules):
             if _fits(rule, peer, groups):
-                return Grant(Priority[rule.max_priority.upper()], index, rule.max_requests)
-        return self._default
+                ceiling = Priority[rule.max_priority.upper()]
+                return Grant(ceiling, index, rule.max_requests, owns or rule.may_limit, owns)
+        return Grant(self._max_priority, may_limit=owns, owns=owns)
 
     def check(self, grant: Grant, open_requests: int, retry_after_ms: int) -> None:
         """Refuse a request beyond the connection's or the rule's quota.

@@ -13,8 +13,6 @@ from types import TracebackType
 from edgellm.endpoint import MAX_IPC_PATH_BYTES
 from edgellm.errors import ConfigError
 
-FIELD = "server.endpoint"
-
 
 class Address:
     """An `ipc://` endpoint for this process alone: `acquire`, bind, `open_to`, and `release` at the end.
@@ -24,29 +22,30 @@ class Address:
     daemons hold locks on two files of the same name.
 
     Raises:
-        ConfigError: the endpoint is not one that can be served, naming `server.endpoint` and what would work.
+        ConfigError: the endpoint is not one that can be served, naming `field` and what would work.
     """
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, field: str) -> None:
+        self.field = field
         scheme, _, rest = endpoint.partition("://")
         if scheme == "tcp":
             raise ConfigError(
-                f"{FIELD}: {endpoint} can be reached from other machines and needs CURVE keys, which this"
+                f"{field}: {endpoint} can be reached from other machines and needs CURVE keys, which this"
                 " version does not read yet: use ipc://PATH"
             )
         if scheme != "ipc" or not rest:
-            raise ConfigError(f"{FIELD}: {endpoint!r} is not an endpoint: use ipc://PATH")
+            raise ConfigError(f"{field}: {endpoint!r} is not an endpoint: use ipc://PATH")
         if rest.startswith("@") or rest == "*":
             raise ConfigError(
-                f"{FIELD}: {endpoint} names no file, so no permissions could guard it: use ipc://PATH"
+                f"{field}: {endpoint} names no file, so no permissions could guard it: use ipc://PATH"
             )
         if "\0" in rest:
-            raise ConfigError(f"{FIELD}: the path holds a zero byte")
+            raise ConfigError(f"{field}: the path holds a zero byte")
         # libzmq hands the path to bind(2) as it is, so a relative one means this process's directory.
         self.path = Path(rest).absolute()
         if (length := len(os.fsencode(self.path))) > MAX_IPC_PATH_BYTES:
             raise ConfigError(
-                f"{FIELD}: the path is {length} bytes long, and a Unix socket's path may have"
+                f"{field}: the path is {length} bytes long, and a Unix socket's path may have"
                 f" {MAX_IPC_PATH_BYTES}: {self.path}"
             )
         self.endpoint = f"ipc://{self.path}"
@@ -60,14 +59,14 @@ class Address:
                 directory.mkdir(mode=0o750, parents=True, exist_ok=True)
             if not os.access(directory, os.W_OK | os.X_OK):
                 raise ConfigError(
-                    f"{FIELD}: no file can be made in {directory} by uid {os.geteuid()}: make it writable, or"
-                    f" set {FIELD} to a path that is"
+                    f"{self.field}: no file can be made in {directory} by uid {os.geteuid()}: make it"
+                    f" writable, or set {self.field} to a path that is"
                 )
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
         except OSError as error:
             raise ConfigError(
-                f"{FIELD}: {error.filename or directory} cannot be used ({error.strerror}): make it writable"
-                f" for uid {os.geteuid()}, or set {FIELD} to a path that is"
+                f"{self.field}: {error.filename or directory} cannot be used ({error.strerror}): make it"
+                f" writable for uid {os.geteuid()}, or set {self.field} to a path that is"
             ) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -75,8 +74,8 @@ class Address:
             holder = os.read(descriptor, 32).decode("ascii", "replace").strip()
             os.close(descriptor)
             raise ConfigError(
-                f"{FIELD}: {self.path} is served by another edgellm (process {holder or 'unknown'}): stop it,"
-                f" or set {FIELD} to another path"
+                f"{self.field}: {self.path} is served by another edgellm (process {holder or 'unknown'}):"
+                f" stop it, or set {self.field} to another path"
             ) from None
         self._lock = descriptor
         os.ftruncate(descriptor, 0)
@@ -114,7 +113,7 @@ class Address:
             return
         if not stat.S_ISSOCK(kind):
             raise ConfigError(
-                f"{FIELD}: {self.path} exists and is not a socket: remove it or name another path"
+                f"{self.field}: {self.path} exists and is not a socket: remove it or name another path"
             )
         with contextlib.suppress(FileNotFoundError):
             self.path.unlink()

@@ -14,9 +14,6 @@ import logging
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from typing import Literal
-
-import psutil
 
 from edgellm.errors import (
     BadRequest,
@@ -35,13 +32,17 @@ from edgellm.protocol import (
     Generate,
     Health,
     HealthReply,
+    Limit,
     Model,
     ModelReply,
+    Phase,
     PriorityName,
     Reply,
     Request,
+    Resume,
     Status,
     StatusReply,
+    Suspend,
     Tokenize,
     TokenizeReply,
     decode_request,
@@ -53,14 +54,15 @@ from edgellm.scheduler.request import Finish, Priority, Update
 from edgellm.server.access import Access
 from edgellm.server.admission import admit, tokenize
 from edgellm.server.connection import Connection
+from edgellm.server.gate import LOADING_RETRY_MS, Gate
 from edgellm.server.router import Incoming, Router, Sent
-from edgellm.server.served import EngineHandle, ServedModel
+from edgellm.server.served import EngineHandle, GovernorHandle, ServedModel
+from edgellm.server.statistics import Statistics
 from edgellm.server.stream import Stream
 from edgellm.server_config import ServerConfig
 
 log = logging.getLogger(__name__)
 
-LOADING_RETRY_MS = 500
 QUEUE_FULL_RETRY_MS = 1_000
 """What an overloaded client is told before any request has ended to go by."""
 
@@ -70,8 +72,6 @@ PRIORITY_NAMES: dict[Priority, PriorityName] = {
     Priority.NORMAL: "normal",
     Priority.BACKGROUND: "background",
 }
-
-State = Literal["loading", "ready", "draining"]
 
 
 class Exchange:
@@ -92,8 +92,9 @@ class Exchange:
         self._config = config
         self._router = router
         self._clock = clock
-        self._started = clock()
+        self._statistics = Statistics(clock)
         self._access = Access(config)
+        self._gate = Gate(clock)
         self._served: tuple[ServedModel, EngineHandle] | None = None
         self._connections: dict[bytes, Connection] = {}
         self._routes: dict[int, bytes] = {}  # descriptor → route
@@ -107,8 +108,12 @@ class Exchange:
         self.phase, self.progress = "ready", 1.0
         self._served = model, engine
 
+    def govern(self, governor: GovernorHandle) -> None:
+        """From now on the governor's decision admits requests."""
+        self._gate.governor = governor
+
     @property
-    def state(self) -> State:
+    def state(self) -> Phase:
         """What `health` says."""
         if self.draining:
             return "draining"
@@ -166,10 +171,17 @@ class Exchange:
                 return None
             case Cancel():
                 return self._cancel(connection, request)
+            case Limit() | Suspend() | Resume():
+                return self._gate.take(connection.peer, connection.grant, request)
+            case Tokenize() | Status() | Health() | Model():
+                return self._inform(request)
+
+    def _inform(self, request: Tokenize | Status | Health | Model) -> Reply:
+        match request:
             case Tokenize():
                 return TokenizeReply(id=request.id, tokens=tokenize(self._ready()[0], request).tolist())
             case Status():
-                return self._status(request)
+                return self.status(request.id)
             case Health():
                 return HealthReply(id=request.id, status=self.state, phase=self.phase, progress=self.progress)
             case Model():
@@ -189,9 +201,10 @@ class Exchange:
         if self.draining:
             raise ShuttingDown("the daemon is stopping and takes no new requests")
         model, _ = self._ready()
+        priority = connection.grant.cap(request.priority)
+        self._gate.check(priority)
         self._check_room(connection, model.max_batch_size)
         admitted = admit(model, request, self._config.default_max_tokens)
-        priority = connection.grant.cap(request.priority)
         stream = Stream(
             id=request.id,
             key=next(self._keys),
@@ -245,24 +258,15 @@ class Exchange:
         self._stop(stream, Finish.CANCELLED)
         return CancelReply(id=request.id, target=request.target)
 
-    def _status(self, request: Status) -> StatusReply:
-        model, engine = self._served or (None, None)
-        stats = engine.snapshot() if engine else None
-        return StatusReply(
-            id=request.id,
+    def status(self, id_: str | int | None = None) -> StatusReply:
+        """Counters, and how things are."""
+        return self._statistics.gather(
+            id_,
             status=self.state,
-            uptime_s=self._clock() - self._started,
-            running=stats.running if stats else 0,
-            queued=stats.queued if stats else 0,
-            slots=model.max_batch_size if model else 0,
-            batch_cap=stats.batch_cap if stats else 0,
             clients=len(self._connections),
-            requests=dict(self._counts),
-            prompt_tokens=stats.prompt_tokens if stats else 0,
-            cached_tokens=stats.cached_tokens if stats else 0,
-            completion_tokens=stats.completion_tokens if stats else 0,
-            steps=stats.steps if stats else 0,
-            rss_bytes=psutil.Process().memory_info().rss,
+            requests=self._counts,
+            served=self._served,
+            governor=self._gate.governor,
         )
 
     def _describe(self, request: Model) -> ModelReply:

@@ -14,7 +14,7 @@ import zmq
 
 from edgellm.errors import BadRequest, ConfigError
 from edgellm.server.access import Peer
-from edgellm.server.address import FIELD, Address, Umask
+from edgellm.server.address import Address, Umask
 from edgellm.server_config import ServerConfig
 
 SEND_HIGH_WATER = 64
@@ -69,11 +69,10 @@ class Router:
         ConfigError: in `bind`, naming `server.endpoint`.
     """
 
-    def __init__(self, config: ServerConfig, endpoint: str) -> None:
+    def __init__(self, config: ServerConfig, endpoint: str, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         self._config = config
-        self._address = Address(endpoint)
-        self._context = zmq.Context()
-        self._context.set(zmq.BLOCKY, 0)
+        self._address = Address(endpoint, "server.endpoint")
+        self._context = context
         self._alive: set[int] = set()
         self.socket: zmq.Socket[bytes] | None = None
         self.monitor: zmq.Socket[bytes] | None = None
@@ -86,13 +85,6 @@ class Router:
     def bind(self) -> None:
         """Take the lock, bind, and set the socket file's mode and group."""
         self._address.acquire()
-        try:
-            self._bind()
-        except BaseException:
-            self.close()
-            raise
-
-    def _bind(self) -> None:
         mode = int(self._config.socket_mode, 8)
         self.socket = socket = self._context.socket(zmq.ROUTER)
         # Sends to a full or vanished peer fail instead of vanishing. ROUTER_HANDOVER stays off: with it a
@@ -110,7 +102,7 @@ class Router:
             with Umask(mode):
                 socket.bind(self.endpoint)
         except zmq.ZMQError as error:
-            raise ConfigError(f"{FIELD}: {self.endpoint} cannot be bound: {error.strerror}") from None
+            raise ConfigError(f"server.endpoint: {self.endpoint} cannot be bound: {error.strerror}") from None
         self._address.open_to(mode, self._config.socket_group)
 
     def receive(self) -> Incoming | None:
@@ -204,7 +196,7 @@ class Router:
                 connection.shutdown(sockets.SHUT_RDWR)
 
     def close(self) -> None:
-        """Send what is left for at most LINGER_MS, close, and release the lock; idempotent."""
+        """Close; the context's end then waits at most LINGER_MS for what is left to be sent. Idempotent."""
         if self.socket is not None:
             self.socket.disable_monitor()
             self.socket.close()
@@ -212,7 +204,9 @@ class Router:
         if self.monitor is not None:
             self.monitor.close(linger=0)
             self.monitor = None
-        self._context.term()
+
+    def release(self) -> None:
+        """Let go of the address, once the context has ended; idempotent."""
         self._address.release()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +11,9 @@ from numpy.typing import NDArray
 
 from edgellm.enginedir import EngineDir
 from edgellm.executor.base import ExecutorInfo
+from edgellm.governor.causes import Limit, State
+from edgellm.governor.policy import Decision
+from edgellm.governor.sensors import Readings
 from edgellm.scheduler.request import Finish, Request
 
 
@@ -65,6 +69,38 @@ class EngineHandle(Protocol):
 
     def snapshot(self) -> EngineStats:
         """How things are now."""
+        ...
+
+
+class GovernorHandle(Protocol):
+    """The governor as the I/O thread sees it. No call blocks."""
+
+    @property
+    def decision(self) -> Decision | None:
+        """The last decision; None before the first."""
+        ...
+
+    @property
+    def readings(self) -> Readings | None:
+        """The newest sweep of the sensors, if there is one."""
+        ...
+
+    @property
+    def transitions(self) -> Mapping[State, int]:
+        """State → how often it was entered."""
+        ...
+
+    @property
+    def dwell_s(self) -> float:
+        """How long a state is kept, at least, after its cause is gone."""
+        ...
+
+    def limit(self, limit: Limit) -> Decision:
+        """Put a ceiling on what runs, in place of the same asker's earlier one; holds from the next step."""
+        ...
+
+    def release(self, by: str | None) -> Decision:
+        """Take back the ceiling that `by` asked for; None: everybody's."""
         ...
 
 

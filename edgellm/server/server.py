@@ -10,15 +10,21 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 
+import msgspec
 import zmq
 
-from edgellm.endpoint import default_endpoint
+from edgellm.endpoint import default_endpoint, events_endpoint
 from edgellm.enginedir import EngineDir
+from edgellm.errors import ConfigError
 from edgellm.executor.base import ExecutorInfo
+from edgellm.governor.governor import Transition
+from edgellm.protocol import StatsEvent
 from edgellm.scheduler.request import Finish, Update
 from edgellm.server.exchange import Exchange, log_failure
+from edgellm.server.gate import state_event
+from edgellm.server.publisher import Publisher
 from edgellm.server.router import Router
-from edgellm.server.served import EngineHandle, ServedModel, Template, Tokenizer
+from edgellm.server.served import EngineHandle, GovernorHandle, ServedModel, Template, Tokenizer
 from edgellm.server_config import ServerConfig
 
 TICK_S = 0.5
@@ -44,12 +50,20 @@ class Server:
         beat: turns of the loop: what a watchdog looks at.
 
     Raises:
-        ConfigError: in the constructor and in `bind`, naming `server.endpoint`.
+        ConfigError: in the constructor and in `bind`, naming `server.endpoint` or `server.events_endpoint`.
     """
 
     def __init__(self, config: ServerConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._router = Router(config, config.endpoint or default_endpoint())
+        self._context = zmq.Context()
+        self._context.set(zmq.BLOCKY, 0)
+        self._router = Router(config, config.endpoint or default_endpoint(), self._context)
+        published = config.events_endpoint or events_endpoint(self._router.endpoint)
+        self._publisher = Publisher(config, published, self._context)
+        if self._publisher.endpoint == self._router.endpoint:
+            raise ConfigError(
+                f"server.events_endpoint: {published} is server.endpoint: it needs its own path"
+            )
         self._exchange = Exchange(config, self._router, clock)
         self._thread = threading.Thread(target=self._run, name="io", daemon=True)
         self._notes: deque[Callable[[], None]] = deque()
@@ -65,6 +79,11 @@ class Server:
         return self._router.endpoint
 
     @property
+    def events_endpoint(self) -> str:
+        """Where subscribers connect to."""
+        return self._publisher.endpoint
+
+    @property
     def alive(self) -> bool:
         """Whether the I/O thread runs."""
         return self._thread.is_alive()
@@ -75,8 +94,13 @@ class Server:
         return len(self._exchange.open)
 
     def bind(self) -> None:
-        """Take the lock beside the socket and bind. A socket of a living daemon is never taken over."""
-        self._router.bind()
+        """Take the locks beside the sockets and bind. A socket of a living daemon is never taken over."""
+        try:
+            self._router.bind()
+            self._publisher.bind()
+        except BaseException:
+            self._close_sockets()
+            raise
 
     def start(self) -> None:
         """Start the thread."""
@@ -103,6 +127,19 @@ class Server:
         model = ServedModel.of(tokenizer=tokenizer, template=template, directory=directory, info=info)
         self._note(lambda: self._exchange.serve(model, engine))
 
+    def govern(self, governor: GovernorHandle) -> None:
+        """From now on the governor's last decision says whose requests are admitted."""
+        self._note(lambda: self._exchange.govern(governor))
+
+    def publish_transition(self, transition: Transition) -> None:
+        """Tell subscribers, at once, that state or reason changed; never waits."""
+        event = state_event(transition)
+        self._note(lambda: self._publisher.publish(event))
+
+    def publish_statistics(self) -> None:
+        """Tell subscribers how things are; never waits."""
+        self._note(self._publish_statistics)
+
     def deliver(self, updates: list[Update]) -> None:
         """Take what a step gave; called by the engine thread, never waits."""
         self._note(lambda: self._exchange.take(updates))
@@ -122,7 +159,14 @@ class Server:
         if self._thread.ident is not None:
             self._ring()
             self._thread.join()
+        self._close_sockets()
+
+    def _close_sockets(self) -> None:
         self._router.close()
+        self._publisher.close()
+        self._context.term()  # libzmq removes socket files while it ends: no other daemon may bind before
+        self._router.release()
+        self._publisher.release()
 
     def _note(self, note: Callable[[], None]) -> None:
         self._notes.append(note)
@@ -163,6 +207,9 @@ class Server:
             os.eventfd_read(self._wake)
         while self._notes:
             _guarded(self._notes.popleft())
+
+    def _publish_statistics(self) -> None:
+        self._publisher.publish(StatsEvent(**msgspec.structs.asdict(self._exchange.status())))
 
     def _flush(self) -> None:
         end = self._clock() + self._flush_s

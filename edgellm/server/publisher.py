@@ -1,0 +1,78 @@
+"""The PUB socket: state changes and statistics, for whoever listens."""
+
+from __future__ import annotations
+
+import zmq
+
+from edgellm.errors import ConfigError
+from edgellm.protocol import Published, encode
+from edgellm.server.address import Address, Umask
+from edgellm.server_config import ServerConfig
+
+HIGH_WATER = 16
+"""Messages that may wait for one subscriber inside libzmq; one that does not read misses what comes after."""
+
+MAX_TOPIC_BYTES = 256
+"""A subscription that is longer makes libzmq drop the connection."""
+
+HANDSHAKE_MS = 2_000
+HEARTBEAT_MS = 10_000
+HEARTBEAT_TIMEOUT_MS = 30_000
+
+
+class Publisher:
+    """Sends to all subscribers and waits for none. After `bind` used by the I/O thread alone.
+
+    Raises:
+        ConfigError: in the constructor and in `bind`, naming `server.events_endpoint`.
+    """
+
+    def __init__(self, config: ServerConfig, endpoint: str, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        self._config = config
+        self._address = Address(endpoint, "server.events_endpoint")
+        self._context = context
+        self._socket: zmq.Socket[bytes] | None = None
+
+    @property
+    def endpoint(self) -> str:
+        """Where subscribers connect to."""
+        return self._address.endpoint
+
+    def bind(self) -> None:
+        """Take the lock, bind, and set the socket file's mode and group.
+
+        The file may be configured to lie anywhere, so it has a lock of its own.
+        """
+        self._address.acquire()
+        mode = int(self._config.socket_mode, 8)
+        self._socket = socket = self._context.socket(zmq.PUB)
+        socket.setsockopt(zmq.SNDHWM, HIGH_WATER)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_TOPIC_BYTES)
+        socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+        socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+        socket.setsockopt(zmq.LINGER, 0)
+        try:
+            with Umask(mode):
+                socket.bind(self.endpoint)
+        except zmq.ZMQError as error:
+            raise ConfigError(
+                f"server.events_endpoint: {self.endpoint} cannot be bound: {error.strerror}"
+            ) from None
+        self._address.open_to(mode, self._config.socket_group)
+
+    def publish(self, message: Published) -> None:
+        """Send to those who subscribed to the message's topic, which is its `ev`, and have room."""
+        if self._socket is not None:
+            topic = str(message.__struct_config__.tag).encode()
+            self._socket.send_multipart([topic, encode(message)], zmq.NOBLOCK)
+
+    def close(self) -> None:
+        """Close; idempotent."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def release(self) -> None:
+        """Let go of the address, once the context has ended; idempotent."""
+        self._address.release()
