@@ -1,8 +1,8 @@
 """What the board says about itself, read about once a second.
 
 A sweep reads each sensor's `type` or `name` again before its value: a path that now belongs to something
-else, or to nothing, is *unknown*, and looking around again is allowed now and then. Absent, unreadable, garbled
-and absurd values are all `None`: unknown, never cold.
+else, or to nothing, is *unknown*, and looking around again is allowed now and then. Absent, unreadable,
+garbled and absurd values are all `None`: unknown, never cold.
 
 Layouts: as in `governor/discovery.py`; the kernel's Documentation/accounting/psi.rst, filesystems/proc.rst.
 """
