@@ -27,10 +27,9 @@ class Publisher:
         ConfigError: in the constructor and in `bind`, naming `server.events_endpoint`.
     """
 
-    def __init__(self, config: ServerConfig, endpoint: str, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    def __init__(self, config: ServerConfig, endpoint: str) -> None:
         self._config = config
         self._address = Address(endpoint, "server.events_endpoint")
-        self._context = context
         self._socket: zmq.Socket[bytes] | None = None
 
     @property
@@ -38,14 +37,14 @@ class Publisher:
         """Where subscribers connect to."""
         return self._address.endpoint
 
-    def bind(self) -> None:
+    def bind(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         """Take the lock, bind, and set the socket file's mode and group.
 
         The file may be configured to lie anywhere, so it has a lock of its own.
         """
         self._address.acquire()
         mode = int(self._config.socket_mode, 8)
-        self._socket = socket = self._context.socket(zmq.PUB)
+        self._socket = socket = context.socket(zmq.PUB)
         socket.setsockopt(zmq.SNDHWM, HIGH_WATER)
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_TOPIC_BYTES)
         socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)

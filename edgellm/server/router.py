@@ -69,10 +69,9 @@ class Router:
         ConfigError: in `bind`, naming `server.endpoint`.
     """
 
-    def __init__(self, config: ServerConfig, endpoint: str, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    def __init__(self, config: ServerConfig, endpoint: str) -> None:
         self._config = config
         self._address = Address(endpoint, "server.endpoint")
-        self._context = context
         self._alive: set[int] = set()
         self.socket: zmq.Socket[bytes] | None = None
         self.monitor: zmq.Socket[bytes] | None = None
@@ -82,11 +81,11 @@ class Router:
         """Where clients connect to."""
         return self._address.endpoint
 
-    def bind(self) -> None:
+    def bind(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         """Take the lock, bind, and set the socket file's mode and group."""
         self._address.acquire()
         mode = int(self._config.socket_mode, 8)
-        self.socket = socket = self._context.socket(zmq.ROUTER)
+        self.socket = socket = context.socket(zmq.ROUTER)
         # Sends to a full or vanished peer fail instead of vanishing. ROUTER_HANDOVER stays off: with it a
         # peer that claims another's routing id would be sent the other's answers.
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)

@@ -55,15 +55,15 @@ class Server:
 
     def __init__(self, config: ServerConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._context = zmq.Context()
-        self._context.set(zmq.BLOCKY, 0)
-        self._router = Router(config, config.endpoint or default_endpoint(), self._context)
+        self._router = Router(config, config.endpoint or default_endpoint())
         published = config.events_endpoint or events_endpoint(self._router.endpoint)
-        self._publisher = Publisher(config, published, self._context)
+        self._publisher = Publisher(config, published)
         if self._publisher.endpoint == self._router.endpoint:
             raise ConfigError(
                 f"server.events_endpoint: {published} is server.endpoint: it needs its own path"
             )
+        self._context = zmq.Context()
+        self._context.set(zmq.BLOCKY, 0)
         self._exchange = Exchange(config, self._router, clock)
         self._thread = threading.Thread(target=self._run, name="io", daemon=True)
         self._notes: deque[Callable[[], None]] = deque()
@@ -96,8 +96,8 @@ class Server:
     def bind(self) -> None:
         """Take the locks beside the sockets and bind. A socket of a living daemon is never taken over."""
         try:
-            self._router.bind()
-            self._publisher.bind()
+            self._router.bind(self._context)
+            self._publisher.bind(self._context)
         except BaseException:
             self._close_sockets()
             raise
