@@ -26,6 +26,9 @@ STRUCTS: dict[str, type[msgspec.Struct]] = {
     "status": protocol.Status,
     "health": protocol.Health,
     "model": protocol.Model,
+    "limit": protocol.Limit,
+    "suspend": protocol.Suspend,
+    "resume": protocol.Resume,
     "Message": protocol.Message,
     "Every reply": protocol.Reply,
     "Event accepted": protocol.Accepted,
@@ -37,11 +40,21 @@ STRUCTS: dict[str, type[msgspec.Struct]] = {
     "Event health": protocol.HealthReply,
     "Event status": protocol.StatusReply,
     "Event model": protocol.ModelReply,
+    "Event limit": protocol.LimitReply,
+    "Event suspend": protocol.SuspendReply,
+    "Event resume": protocol.ResumeReply,
+    "Event state": protocol.StateEvent,
+    "Event stats": protocol.StatsEvent,
     "Logprob": protocol.Logprob,
     "Usage": protocol.Usage,
     "Timings": protocol.Times,
 }
 """Heading → the struct whose own fields the table under it lists."""
+
+
+def replies(base: type[msgspec.Struct] = protocol.Reply) -> list[type[msgspec.Struct]]:
+    """Every kind of reply, those that extend another one included."""
+    return [kind for child in base.__subclasses__() for kind in (child, *replies(child))]
 
 
 def bounds(low: Any, high: Any, above: Any = None) -> str:
@@ -142,7 +155,7 @@ def test_a_table_lists_the_fields_with_their_types(heading: str) -> None:
 def test_every_op_and_every_event_is_there() -> None:
     requests = {kind.__struct_config__.tag for kind in protocol.Request.__args__}
     assert requests == set(protocol.OPS) <= set(STRUCTS)
-    events = {kind.__struct_config__.tag for kind in protocol.Reply.__subclasses__()}
+    events = {kind.__struct_config__.tag for kind in replies()}
     assert {f"Event {event}" for event in events} <= set(STRUCTS)
 
 
@@ -161,7 +174,7 @@ def test_the_bytes_in_the_examples_are_messages() -> None:
         if "op" in message:
             protocol.decode_request(msgpack.packb(message))
         else:
-            assert message["ev"] in {kind.__struct_config__.tag for kind in protocol.Reply.__subclasses__()}
+            assert message["ev"] in {kind.__struct_config__.tag for kind in replies()}
 
 
 def test_the_messages_in_the_examples_are_valid() -> None:
@@ -173,10 +186,20 @@ def test_the_messages_in_the_examples_are_valid() -> None:
                 protocol.decode_request(msgpack.packb(message))
             else:
                 assert arrow == "← "
-                (kind,) = (
-                    k for k in protocol.Reply.__subclasses__() if k.__struct_config__.tag == message["ev"]
-                )
+                (kind,) = (k for k in replies() if k.__struct_config__.tag == message["ev"])
                 assert set(message) == {"ev", *kind.__struct_fields__}
                 msgspec.convert(message, kind)
             count += 1
     assert count >= 10
+
+
+def test_the_bytes_in_the_cpp_example_are_messages() -> None:
+    (code,) = examples("cpp")
+    found = re.findall(r'std::string (\w+)\("([^"]*)", (\d+)\)', code)
+    assert len(found) == 2
+    for name, literal, length in found:
+        payload = re.sub(r"\\x([0-9a-f]{2})", lambda m: chr(int(m[1], 16)), literal).encode("latin-1")
+        # A hexadecimal escape in C++ goes on for as long as there are hexadecimal digits.
+        assert not re.search(r"\\x[0-9a-f]{3}", literal)
+        assert len(payload) == int(length)
+        assert protocol.decode_request(payload).__struct_config__.tag == name

@@ -8,19 +8,39 @@ with Client() as client:
         for delta in stream:
             print(delta.text, end="", flush=True)
 
+with subscribe() as events:
+    for event in events:
+        if isinstance(event, StateChange):
+            print(event.state, event.detail)
+
 answers.py        what comes back
 requests.py       what can be asked: fields and their names
 session.py        ids, encoding, which reply is whose; no socket (sans-IO)
+link.py           one connection
 client.py         Client
-asynchronous.py   AsyncClient
+asynchronous.py   AsyncClient; asynchronous_link.py, its connection
+events.py         Events: what the daemon publishes
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from edgellm.client.answers import Answer, Delta, Health, Logprob, Model, Status, Timings, Usage
+from edgellm.client.answers import (
+    Answer,
+    Decision,
+    Delta,
+    Health,
+    Logprob,
+    Model,
+    StateChange,
+    Statistics,
+    Status,
+    Timings,
+    Usage,
+)
 from edgellm.client.client import Client, Stream
+from edgellm.client.events import Events, subscribe
 
 if TYPE_CHECKING:
     from edgellm.client.asynchronous import AsyncClient, AsyncStream
@@ -30,14 +50,19 @@ __all__ = [
     "AsyncClient",
     "AsyncStream",
     "Client",
+    "Decision",
     "Delta",
+    "Events",
     "Health",
     "Logprob",
     "Model",
+    "StateChange",
+    "Statistics",
     "Status",
     "Stream",
     "Timings",
     "Usage",
+    "subscribe",
 ]
 
 

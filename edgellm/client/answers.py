@@ -92,6 +92,45 @@ class Status:
     completion_tokens: int
     steps: int
     rss_bytes: int
+    state: str | None
+    reason: str | None
+    detail: str | None
+    duty: float
+    transitions: dict[str, int]
+    hottest_zone: str | None
+    hottest_c: float | None
+    watts: float | None
+    available_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Statistics(Status):
+    """Published once a second: what `status` would answer."""
+
+
+@dataclass(frozen=True)
+class StateChange:
+    """Published when the governor's state, or the reason for it, changes; `at` is unix seconds."""
+
+    state: str
+    previous: str
+    reason: str
+    detail: str
+    batch_cap: int
+    duty: float
+    at: float
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What may run now, everything taken together; `until`, unix seconds: when the limit ends by itself."""
+
+    state: str
+    reason: str
+    detail: str
+    batch_cap: int
+    duty: float
+    until: float | None
 
 
 @dataclass(frozen=True)

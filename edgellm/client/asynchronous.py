@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import zmq
 import zmq.asyncio
 
 from edgellm.client import requests
-from edgellm.client.answers import Answer, Delta, Health, Model, Status, read, read_answer, read_delta
-from edgellm.client.client import LINGER_MS, READY_POLL_S, WATCHED, connect, dealer, heard, listed
+from edgellm.client.answers import (
+    Answer,
+    Decision,
+    Delta,
+    Health,
+    Model,
+    Status,
+    read,
+    read_answer,
+    read_delta,
+)
+from edgellm.client.asynchronous_link import AsyncLink
+from edgellm.client.client import READY_POLL_S
+from edgellm.client.link import listed
 from edgellm.client.requests import Messages, Options
-from edgellm.client.session import Reply, Session
+from edgellm.client.session import Reply
 from edgellm.errors import (
     ClientError,
-    ConnectionLost,
     EdgellmError,
     Loading,
     RequestTimeout,
@@ -49,7 +58,7 @@ class AsyncClient:
         self._timeout = timeout
         self._connect_timeout = connect_timeout
         self._context = zmq.asyncio.Context()
-        self._link: _AsyncLink | None = None
+        self._link: AsyncLink | None = None
         self._choosing = asyncio.Lock()
 
     async def chat(
@@ -96,6 +105,32 @@ class AsyncClient:
         """What is being served."""
         return read(Model, await self._ask({"op": "model"}, timeout))
 
+    async def limit(
+        self,
+        *,
+        batch_cap: int | None = None,
+        duty: float | None = None,
+        ttl_ms: int | None = None,
+        timeout: float | None = None,
+    ) -> Decision:
+        """Put a ceiling on what the model takes, in place of this user's earlier one.
+
+        It outlives the connection: it holds until `resume`, or for `ttl_ms`. Needs `may_limit` in a rule.
+
+        Args:
+            batch_cap: requests that advance at once; 0: none.
+            duty: share of the time in which the model runs, 0…1.
+        """
+        return read(Decision, await self._ask(requests.limit(batch_cap, duty, ttl_ms), timeout))
+
+    async def suspend(self, *, ttl_ms: int | None = None, timeout: float | None = None) -> Decision:
+        """Let nothing run from the next step on, until `resume` or for `ttl_ms`: a `limit` of 0."""
+        return read(Decision, await self._ask(requests.suspend(ttl_ms), timeout))
+
+    async def resume(self, *, everyone: bool = False, timeout: float | None = None) -> Decision:
+        """Take back what this user asked for with `limit` and `suspend`, or what everyone did."""
+        return read(Decision, await self._ask(requests.resume(everyone), timeout))
+
     async def wait_ready(self, timeout: float) -> Health:
         """Wait until a daemon is ready; it need not even have been started.
 
@@ -107,7 +142,7 @@ class AsyncClient:
         heard = "nothing answered"
         while (left := end - loop.time()) > 0:
             for endpoint in self.endpoints:
-                link = _AsyncLink(self._context, endpoint, min(left, 1.0))
+                link = AsyncLink(self._context, endpoint, min(left, 1.0))
                 try:
                     health = read(Health, await link.ask({"op": "health"}, min(left, 1.0)))
                 except ClientError:
@@ -151,9 +186,7 @@ class AsyncClient:
             link = await self._connected(instead_of=link)
             return await link.ask(fields, self._wait(timeout))
 
-    async def _connected(
-        self, *, any_phase: bool = False, instead_of: _AsyncLink | None = None
-    ) -> _AsyncLink:
+    async def _connected(self, *, any_phase: bool = False, instead_of: AsyncLink | None = None) -> AsyncLink:
         """The connection in use; a new one if it is lost, or is `instead_of`.
 
         One that is given up for another stays open for the requests that are still on it.
@@ -166,12 +199,12 @@ class AsyncClient:
                 self._link = await self._choose(any_phase)
             return self._link
 
-    async def _choose(self, any_phase: bool) -> _AsyncLink:
+    async def _choose(self, any_phase: bool) -> AsyncLink:
         if len(self.endpoints) == 1:
-            return _AsyncLink(self._context, self.endpoints[0], self._connect_timeout)
+            return AsyncLink(self._context, self.endpoints[0], self._connect_timeout)
         heard = []
         for endpoint in self.endpoints:
-            link = _AsyncLink(self._context, endpoint, self._connect_timeout)
+            link = AsyncLink(self._context, endpoint, self._connect_timeout)
             try:
                 health = read(Health, await link.ask({"op": "health"}, self._connect_timeout))
                 if health.ready or any_phase:
@@ -193,7 +226,7 @@ class AsyncStream:
         self._client = client
         self._fields = fields
         self._timeout = timeout
-        self._link: _AsyncLink | None = None
+        self._link: AsyncLink | None = None
         self._id: int | None = None
         self._begun = False
         self._over = False
@@ -248,138 +281,3 @@ class AsyncStream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
-
-
-class _AsyncLink:
-    """A DEALER to one endpoint, what is open on it, and the tasks that read it."""
-
-    def __init__(self, context: zmq.asyncio.Context, endpoint: str, connect_timeout: float) -> None:
-        self.endpoint = endpoint
-        self.gone = False
-        self._connect_timeout = connect_timeout
-        self._session = Session()
-        self._news: dict[int, asyncio.Event] = {}
-        self._retired = False
-        self._socket: zmq.asyncio.Socket = dealer(context)
-        self._monitor = self._socket.get_monitor_socket(WATCHED)
-        self._greeted = asyncio.Event()
-        connect(self._socket, endpoint, self._close_sockets)
-        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]
-
-    async def ask(self, fields: dict[str, Any], timeout: float) -> Reply:
-        id_ = await self.send(fields)
-        try:
-            reply = await self.receive(id_, timeout)
-        except asyncio.CancelledError:  # nobody waits for the answer any more
-            self.cancel(id_)
-            raise
-        self.forget(id_)
-        return reply
-
-    async def send(self, fields: dict[str, Any]) -> int:
-        if self.gone:
-            raise ConnectionLost(f"the daemon at {self.endpoint} went away")
-        try:
-            await asyncio.wait_for(self._greeted.wait(), self._connect_timeout)
-        except asyncio.TimeoutError:
-            raise Unreachable(f"nothing serves at {self.endpoint}") from None
-        id_, payload = self._session.open(fields)
-        self._news[id_] = asyncio.Event()
-        try:
-            await asyncio.wait_for(self._socket.send(payload), self._connect_timeout)
-        except asyncio.TimeoutError:
-            self.forget(id_)
-            raise Unreachable(f"the daemon at {self.endpoint} takes no requests") from None
-        except BaseException:
-            self.cancel(id_)
-            raise
-        return id_
-
-    async def receive(self, id_: int, timeout: float) -> Reply:
-        """The next reply to a request; the request is over when this raises anything of edgellm's."""
-        news = self._news[id_]
-        while True:
-            try:
-                reply = self._session.take(id_)
-            except EdgellmError:
-                self.forget(id_)
-                raise
-            if reply is not None:
-                return reply
-            news.clear()
-            try:
-                await asyncio.wait_for(news.wait(), timeout)
-            except asyncio.TimeoutError:
-                self.cancel(id_)
-                raise RequestTimeout(f"{self.endpoint} did not answer within {timeout:g} s") from None
-
-    def cancel(self, id_: int) -> None:
-        """Give a request up. Does not wait for the daemon to hear it."""
-        if not self._socket.closed:
-            # An asyncio socket sends at once what there is room for; if there is none, the daemon is stuck.
-            sent = self._socket.send(self._session.cancellation(id_), zmq.NOBLOCK)
-            asyncio.ensure_future(sent).add_done_callback(_ignore)
-        self.forget(id_)
-
-    def forget(self, id_: int) -> None:
-        self._session.close(id_)
-        self._news.pop(id_, None)
-        if self._retired and not self._news:
-            self._stop()
-
-    def retire(self) -> None:
-        """Close as soon as nothing is open."""
-        self._retired = True
-        if not self._news:
-            self._stop()
-
-    async def close(self) -> None:
-        """Close now; what is open ends with ConnectionLost."""
-        tasks = list(self._tasks)
-        self._stop()
-        self._fail(ConnectionLost(f"the connection to {self.endpoint} was closed"))
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _read(self) -> None:
-        try:
-            while True:
-                self._tell(self._session.feed(await self._socket.recv()))
-        except EdgellmError as error:
-            self._fail(error)
-
-    async def _watch(self) -> None:
-        gone = False
-        while not gone:
-            greeted, gone = heard(await self._monitor.recv_multipart(), self._greeted.is_set())
-            if greeted:
-                self._greeted.set()
-        # The daemon's last words may have arrived and not been read yet.
-        while await self._socket.poll(0):
-            await asyncio.sleep(0)
-        self._fail(ConnectionLost(f"the daemon at {self.endpoint} went away"))
-
-    def _tell(self, id_: int | None) -> None:
-        if id_ is not None and (news := self._news.get(id_)) is not None:
-            news.set()
-
-    def _fail(self, error: EdgellmError) -> None:
-        self.gone = True
-        for id_ in self._session.fail(error):
-            self._tell(id_)
-
-    def _stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        self._tasks.clear()
-        self._close_sockets()
-
-    def _close_sockets(self) -> None:
-        if not self._socket.closed:
-            self._socket.disable_monitor()
-            self._socket.close(linger=0 if self.gone else LINGER_MS)
-            self._monitor.close(linger=0)
-
-
-def _ignore(sent: asyncio.Future[Any]) -> None:
-    with contextlib.suppress(zmq.ZMQError, asyncio.CancelledError):
-        sent.result()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import struct
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -12,13 +11,22 @@ from typing import TYPE_CHECKING, Any
 import zmq
 
 from edgellm.client import requests
-from edgellm.client.answers import Answer, Delta, Health, Model, Status, read, read_answer, read_delta
+from edgellm.client.answers import (
+    Answer,
+    Decision,
+    Delta,
+    Health,
+    Model,
+    Status,
+    read,
+    read_answer,
+    read_delta,
+)
+from edgellm.client.link import Link, listed
 from edgellm.client.requests import Messages, Options
-from edgellm.client.session import Reply, Session
-from edgellm.endpoint import default_endpoint
+from edgellm.client.session import Reply
 from edgellm.errors import (
     ClientError,
-    ConnectionLost,
     EdgellmError,
     Loading,
     RequestTimeout,
@@ -29,16 +37,7 @@ from edgellm.errors import (
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
-LINGER_MS = 200
-"""How long closing waits for a last cancel to leave."""
-
 READY_POLL_S = 0.05
-
-INTERRUPT_S = 0.25
-"""Longest sleep in libzmq: a Ctrl-C that arrives on the way into it is only seen when it returns."""
-
-WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
-"""What a client wants to be told of its connection."""
 
 
 class Client:
@@ -69,7 +68,7 @@ class Client:
         self._timeout = timeout
         self._connect_timeout = connect_timeout
         self._context = zmq.Context()
-        self._link: _Link | None = None
+        self._link: Link | None = None
 
     def chat(self, messages: Messages, *, timeout: float | None = None, **options: Unpack[Options]) -> Answer:
         """Answer a conversation, or a single question."""
@@ -113,6 +112,32 @@ class Client:
         """What is being served."""
         return read(Model, self._ask({"op": "model"}, timeout))
 
+    def limit(
+        self,
+        *,
+        batch_cap: int | None = None,
+        duty: float | None = None,
+        ttl_ms: int | None = None,
+        timeout: float | None = None,
+    ) -> Decision:
+        """Put a ceiling on what the model takes, in place of this user's earlier one.
+
+        It outlives the connection: it holds until `resume`, or for `ttl_ms`. Needs `may_limit` in a rule.
+
+        Args:
+            batch_cap: requests that advance at once; 0: none.
+            duty: share of the time in which the model runs, 0…1.
+        """
+        return read(Decision, self._ask(requests.limit(batch_cap, duty, ttl_ms), timeout))
+
+    def suspend(self, *, ttl_ms: int | None = None, timeout: float | None = None) -> Decision:
+        """Let nothing run from the next step on, until `resume` or for `ttl_ms`: a `limit` of 0."""
+        return read(Decision, self._ask(requests.suspend(ttl_ms), timeout))
+
+    def resume(self, *, everyone: bool = False, timeout: float | None = None) -> Decision:
+        """Take back what this user asked for with `limit` and `suspend`, or what everyone did."""
+        return read(Decision, self._ask(requests.resume(everyone), timeout))
+
     def wait_ready(self, timeout: float) -> Health:
         """Wait until a daemon is ready; it need not even have been started.
 
@@ -124,7 +149,7 @@ class Client:
         while (left := end - time.monotonic()) > 0:
             for endpoint in self.endpoints:
                 try:
-                    with contextlib.closing(_Link(self._context, endpoint, min(left, 1.0))) as link:
+                    with contextlib.closing(Link(self._context, endpoint, min(left, 1.0))) as link:
                         health = read(Health, link.ask({"op": "health"}, min(left, 1.0)))
                 except ClientError:
                     continue
@@ -162,19 +187,19 @@ class Client:
             self._disconnect()
             return self._connected().ask(fields, self._wait(timeout))
 
-    def _connected(self, *, any_phase: bool = False) -> _Link:
+    def _connected(self, *, any_phase: bool = False) -> Link:
         if self._link is not None and self._link.lost():
             self._disconnect()
         if self._link is None:
             self._link = self._choose(any_phase)
         return self._link
 
-    def _choose(self, any_phase: bool) -> _Link:
+    def _choose(self, any_phase: bool) -> Link:
         if len(self.endpoints) == 1:
-            return _Link(self._context, self.endpoints[0], self._connect_timeout)
+            return Link(self._context, self.endpoints[0], self._connect_timeout)
         heard = []
         for endpoint in self.endpoints:
-            link = _Link(self._context, endpoint, self._connect_timeout)
+            link = Link(self._context, endpoint, self._connect_timeout)
             try:
                 health = read(Health, link.ask({"op": "health"}, self._connect_timeout))
                 if health.ready or any_phase:
@@ -252,133 +277,3 @@ class Stream:
     def __del__(self) -> None:
         if getattr(self, "_id", None) is not None:
             self.close()
-
-
-class _Link:
-    """A DEALER to one endpoint, and what is open on it."""
-
-    def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, connect_timeout: float
-    ) -> None:
-        self.endpoint = endpoint
-        self._connect_timeout = connect_timeout
-        self._session = Session()
-        self._greeted = False
-        self._gone = False
-        self._socket = dealer(context)
-        self._monitor = self._socket.get_monitor_socket(WATCHED)
-        connect(self._socket, endpoint, self.close)
-        self._poller = zmq.Poller()
-        self._poller.register(self._socket, zmq.POLLIN)
-        self._poller.register(self._monitor, zmq.POLLIN)
-
-    def ask(self, fields: dict[str, Any], timeout: float) -> Reply:
-        id_ = self.send(fields)
-        try:
-            reply = self.receive(id_, timeout)
-        except BaseException as error:
-            if not isinstance(error, EdgellmError):  # KeyboardInterrupt: nobody waits for the answer any more
-                self.cancel(id_)
-            raise
-        self.forget(id_)
-        return reply
-
-    def send(self, fields: dict[str, Any]) -> int:
-        end = time.monotonic() + self._connect_timeout
-        while not self._greeted:
-            self._monitor.poll(max(0, int(1000 * (end - time.monotonic()))))
-            self._read()
-            if not self._greeted and time.monotonic() >= end:
-                raise Unreachable(f"nothing serves at {self.endpoint}")
-        if not self._socket.poll(max(0, int(1000 * (end - time.monotonic()))), zmq.POLLOUT):
-            raise Unreachable(f"the daemon at {self.endpoint} takes no requests")
-        id_, payload = self._session.open(fields)
-        self._socket.send(payload)
-        return id_
-
-    def receive(self, id_: int, timeout: float) -> Reply:
-        """The next reply to a request; the request is over when this raises."""
-        end = time.monotonic() + timeout
-        while True:
-            if (reply := self._session.take(id_)) is not None:
-                return reply
-            left = end - time.monotonic()
-            if left <= 0:
-                self.cancel(id_)
-                raise RequestTimeout(f"{self.endpoint} did not answer within {timeout:g} s")
-            self._poller.poll(int(1000 * min(left, INTERRUPT_S)) + 1)
-            self._read()
-
-    def cancel(self, id_: int) -> None:
-        """Give a request up. Does not wait for the daemon to hear it."""
-        if not self._socket.closed:
-            with contextlib.suppress(zmq.Again):
-                self._socket.send(self._session.cancellation(id_), zmq.NOBLOCK)
-
-    def forget(self, id_: int) -> None:
-        self._session.close(id_)
-
-    def lost(self) -> bool:
-        """Whether the daemon is gone, as far as is known without asking it."""
-        if not self._gone:
-            self._read()
-        return self._gone
-
-    def _read(self) -> None:
-        # What happened is asked first and what arrived second: a daemon's last words come before its end.
-        gone = False
-        with contextlib.suppress(zmq.Again):
-            while True:
-                self._greeted, lost = heard(self._monitor.recv_multipart(zmq.NOBLOCK), self._greeted)
-                gone = gone or lost
-        with contextlib.suppress(zmq.Again):
-            while True:
-                self._session.feed(self._socket.recv(zmq.NOBLOCK))
-        if gone and not self._gone:
-            self._gone = True
-            self._session.fail(ConnectionLost(f"the daemon at {self.endpoint} went away"))
-
-    def close(self) -> None:
-        gone, self._gone = self._gone, True
-        self._session.fail(ConnectionLost(f"the connection to {self.endpoint} was closed"))
-        if not self._socket.closed:
-            self._socket.disable_monitor()
-            self._socket.close(linger=0 if gone else LINGER_MS)
-            self._monitor.close(linger=0)
-
-
-def listed(endpoints: str | Sequence[str] | None) -> list[str]:
-    """The endpoints to try, in order."""
-    if endpoints is None:
-        return [default_endpoint()]
-    return [endpoints] if isinstance(endpoints, str) else list(endpoints)
-
-
-def dealer(context: zmq.Context[Any]) -> Any:
-    """A DEALER as both clients use it.
-
-    IMMEDIATE stays off: with it libzmq loses what a daemon said last before it left.
-    """
-    socket = context.socket(zmq.DEALER)
-    socket.setsockopt(zmq.LINGER, LINGER_MS)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, 10_000)
-    return socket
-
-
-def heard(event: list[bytes], greeted: bool) -> tuple[bool, bool]:
-    """What a monitor's event means: whether the daemon has been met, and whether it is gone again."""
-    (number,) = struct.unpack_from("=H", event[0])  # zmq_socket_monitor(3)
-    return greeted or number == zmq.EVENT_HANDSHAKE_SUCCEEDED, greeted and number == zmq.EVENT_DISCONNECTED
-
-
-def connect(socket: Any, endpoint: str, close: Any) -> None:
-    """Connect, which only a malformed endpoint can fail.
-
-    Raises:
-        Unreachable: saying how an endpoint is written.
-    """
-    try:
-        socket.connect(endpoint)
-    except zmq.ZMQError as error:
-        close()
-        raise Unreachable(f"{endpoint!r} is not an endpoint ({error.strerror}): use ipc://PATH") from None

@@ -49,6 +49,21 @@ def tokenize(text: str | None, messages: Messages | None) -> dict[str, Any]:
     return {"op": "tokenize", "text": text}
 
 
+def limit(batch_cap: int | None, duty: float | None, ttl_ms: int | None) -> dict[str, Any]:
+    """The fields of a `limit`."""
+    return {"op": "limit", "batch_cap": batch_cap, "duty": duty, "ttl_ms": ttl_ms}
+
+
+def suspend(ttl_ms: int | None) -> dict[str, Any]:
+    """The fields of a `suspend`."""
+    return {"op": "suspend", "ttl_ms": ttl_ms}
+
+
+def resume(everyone: bool) -> dict[str, Any]:
+    """The fields of a `resume`."""
+    return {"op": "resume", "all": everyone}
+
+
 def turns(messages: Messages) -> list[dict[str, str]]:
     """A conversation in the wire's form."""
     if isinstance(messages, str):

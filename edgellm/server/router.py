@@ -20,16 +20,20 @@ from edgellm.server_config import ServerConfig
 SEND_HIGH_WATER = 64
 """Messages that may wait for one peer inside libzmq; beyond it a request's deltas merge here."""
 
-RECEIVE_HIGH_WATER = 32
-"""Messages of one peer that libzmq may hold for us; beyond it the peer's own socket fills."""
+HARD_LIMIT_BYTES = 16 << 20
+"""A larger frame makes libzmq drop the connection before it is held in memory; smaller ones get an answer."""
+
+HELD_BYTES = 32 << 20
+"""Of one peer's messages libzmq holds no more than this for us; then the peer's own socket fills.
+
+It counts whole messages: the frames of one that never ends are held without bound, and libzmq 4.3 has nothing
+to set against that.
+"""
 
 HANDSHAKE_MS = 2_000
 HEARTBEAT_MS = 10_000
 HEARTBEAT_TIMEOUT_MS = 30_000
 LINGER_MS = 1_000
-HARD_LIMIT_BYTES = 16 << 20
-"""A larger frame makes libzmq drop the connection before it is held in memory; smaller ones get an answer."""
-
 _EVENT = Struct("=HI")  # zmq_socket_monitor(3): event number, value
 _UCRED = Struct("=iII")  # struct ucred, unix(7): pid, uid, gid
 _KEPT_FRAMES = 2
@@ -90,8 +94,9 @@ class Router:
         # peer that claims another's routing id would be sent the other's answers.
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         socket.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER)
-        socket.setsockopt(zmq.RCVHWM, RECEIVE_HIGH_WATER)
-        socket.setsockopt(zmq.MAXMSGSIZE, max(HARD_LIMIT_BYTES, 4 * self._config.max_message_bytes))
+        hard_limit = max(HARD_LIMIT_BYTES, 2 * self._config.max_message_bytes)
+        socket.setsockopt(zmq.MAXMSGSIZE, hard_limit)
+        socket.setsockopt(zmq.RCVHWM, max(HELD_BYTES // hard_limit, 1))
         socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
         socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
