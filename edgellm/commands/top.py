@@ -1,0 +1,205 @@
+"""`edgellm top`: a running daemon at a glance: what its governor thinks, how busy and how hot it is."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from edgellm.client import Events, StateChange, Status
+
+UNAVAILABLE = 69
+"""sysexits(3): a service is not available."""
+
+SILENCE_S = 3.0
+"""Statistics come every second: after so long the daemon is stuck, or gone."""
+
+RATE_S = 0.5
+"""--once measures tokens per second for so long."""
+
+CHANGES = 5
+"""Changes of state that are kept in view."""
+
+STYLES = {"NORMAL": "green", "THROTTLED": "yellow", "SHED": "red", "CRITICAL": "bold red"}
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to the command line."""
+    parser = subparsers.add_parser(
+        "top",
+        help="watch a running daemon",
+        description="Watch a running daemon: state, load, temperature. Without a terminal: as --once.",
+    )
+    parser.add_argument("--endpoint", metavar="URL", help="the daemon's socket (or $EDGELLM_ENDPOINT)")
+    parser.add_argument(
+        "--events", metavar="URL", help="where it publishes, if server.events_endpoint is configured"
+    )
+    parser.add_argument("--once", action="store_true", help="print how things are, and leave")
+    parser.add_argument("--json", action="store_true", help="for programs: an object a line for each event")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Watch until Ctrl-C; the exit code."""
+    from edgellm.client import Client, subscribe
+    from edgellm.errors import ClientError
+
+    try:
+        with Client(args.endpoint) as client:
+            if args.once or not (args.json or sys.stdout.isatty()):
+                before = client.status()
+                time.sleep(RATE_S)
+                _print_once(before, client.status(), as_json=args.json)
+                return 0
+            with subscribe(client.endpoints[0], at=args.events, silence=SILENCE_S) as events:
+                if args.json:
+                    return _print_events(events)
+                return _watch(client.status(), events)
+    except ClientError as error:
+        print(f"edgellm top: {error}", file=sys.stderr)
+        return UNAVAILABLE
+
+
+def _print_once(before: Status, after: Status, *, as_json: bool) -> None:
+    speed = Speed(before)
+    speed.take(after)
+    if as_json:
+        print(json.dumps({**dataclasses.asdict(after), "tokens_per_s": speed.generated}))
+        return
+    for name, value in describe(after, speed):
+        print(f"{name:<12}{value}")
+
+
+def _print_events(events: Events) -> int:
+    from edgellm.client import StateChange
+
+    for event in events:
+        kind = "state" if isinstance(event, StateChange) else "stats"
+        print(json.dumps({"ev": kind, **dataclasses.asdict(event)}), flush=True)
+    return 0
+
+
+def _watch(status: Status, events: Events) -> int:
+    from rich.live import Live
+
+    from edgellm.client import StateChange
+    from edgellm.errors import RequestTimeout
+
+    changes: collections.deque[StateChange] = collections.deque(maxlen=CHANGES)
+    speed = Speed(status)
+    silent = ""
+    with Live(_table(status, speed, changes, silent), screen=True, auto_refresh=False) as live:
+        while True:
+            try:
+                event = next(events)
+            except RequestTimeout as timeout:
+                silent = str(timeout)  # it may be restarting: go on listening
+            except KeyboardInterrupt:
+                return 0
+            else:
+                silent = ""
+                if isinstance(event, StateChange):
+                    changes.append(event)
+                else:
+                    status = event
+                    speed.take(event)
+            live.update(_table(status, speed, changes, silent), refresh=True)
+
+
+def _table(status: Status, speed: Speed, changes: Iterable[StateChange], silent: str) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    for name, value in describe(status, speed):
+        style = STYLES.get(status.state or "", "") if name == "state" else ""
+        table.add_row(name, Text(value, style=style))
+    for change in changes:
+        clock = time.strftime("%H:%M:%S", time.localtime(change.at))
+        arrow = "" if change.previous == change.state else f"{change.previous} → "
+        table.add_row(clock, Text(f"{arrow}{change.state}: {change.detail}", STYLES.get(change.state, "")))
+    if silent:
+        table.add_row("", Text(silent, style="red"))
+    return table
+
+
+class Speed:
+    """Tokens per second between two statistics; None until there are two of the same daemon."""
+
+    def __init__(self, status: Status) -> None:
+        self._last = status
+        self.generated: float | None = None
+        self.prompt: float | None = None
+
+    def take(self, status: Status) -> None:
+        """Take newer counters. Those of a daemon that was started again begin anew."""
+        last, self._last = self._last, status
+        elapsed = status.uptime_s - last.uptime_s
+        if elapsed <= 0:
+            self.generated = self.prompt = None
+            return
+        computed = status.prompt_tokens - status.cached_tokens - (last.prompt_tokens - last.cached_tokens)
+        self.generated = (status.completion_tokens - last.completion_tokens) / elapsed
+        self.prompt = computed / elapsed
+
+
+def describe(status: Status, speed: Speed) -> list[tuple[str, str]]:
+    """Names and values, in the order in which they are shown."""
+    state = status.state or status.status
+    if status.reason not in (None, "none"):
+        state = f"{state}  {status.reason}: {status.detail}"
+    elif status.state is not None and status.status != "ready":
+        state = f"{state}  {status.status}"
+    return [
+        ("state", state),
+        ("may run", f"{status.batch_cap} of {status.slots} slots, duty {status.duty:.2f}"),
+        ("requests", f"{status.running} running, {status.queued} queued, {status.clients} clients"),
+        ("tokens/s", f"{_number(speed.generated)} generated, {_number(speed.prompt)} prompt"),
+        ("temperature", _temperature(status)),
+        ("power", "unknown" if status.watts is None else f"{status.watts:.1f} W"),
+        (
+            "memory",
+            f"{_mebibytes(status.available_bytes)} available, {_mebibytes(status.rss_bytes)} edgellm's",
+        ),
+        ("so far", _so_far(status)),
+        ("up", _duration(status.uptime_s)),
+    ]
+
+
+def _temperature(status: Status) -> str:
+    if status.hottest_c is None:
+        return "unknown"
+    return f"{status.hottest_c:.1f} °C {status.hottest_zone}"
+
+
+def _so_far(status: Status) -> str:
+    done = status.requests.get("done", 0)
+    counts = [
+        f"{count} {name}" for name, count in status.requests.items() if name not in ("accepted", "done")
+    ]
+    entered = [f"{count} × {state}" for state, count in status.transitions.items() if state != "NORMAL"]
+    return ", ".join([f"{done} done", *counts, *entered])
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
+def _mebibytes(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / (1 << 20):,.0f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
