@@ -74,6 +74,7 @@ class FakeEngine:
         self.stopped: list[tuple[int, Finish]] = []
         self.script: Callable[[FakeEngine, Request], None] | None = None
         self.obeys = True
+        self.limits: list[tuple[int, float]] = []
         self._ended: set[int] = set()
         self._changed = threading.Condition()
 
@@ -91,8 +92,14 @@ class FakeEngine:
         if self.obeys and key not in self._ended:
             self.end(key, finish)
 
+    def limit(self, batch_cap: int, duty: float) -> None:
+        self.limits.append((batch_cap, duty))
+
     def snapshot(self) -> Stats:
-        return Stats(running=len(self.requests) - len(self._ended))
+        return Stats(
+            running=len(self.requests) - len(self._ended),
+            batch_cap=self.limits[-1][0] if self.limits else SLOTS,
+        )
 
     def say(self, key: int, data: bytes | list[Token]) -> None:
         """One update that holds a token for each byte."""
@@ -171,6 +178,7 @@ class Service:
     def __init__(self, directory: Path, config: ServerConfig | None = None, *, ready: bool = True) -> None:
         self.endpoint = f"ipc://{directory}/edgellm.sock"
         self.server = Server(msgspec.structs.replace(config or ServerConfig(), endpoint=self.endpoint))
+        self.events_endpoint = self.server.events_endpoint
         self.engine = FakeEngine(self.server.deliver)
         self.server.bind()
         self.server.start()
