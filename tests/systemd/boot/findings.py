@@ -311,9 +311,11 @@ def drain() -> str:
 @check("a long drain is neither hung nor late")
 def long_drain() -> str:
     # Longer than WatchdogSec and than TimeoutStopSec of the drop-in, and still bounded.
+    good = CONFIGURATION.read_text()
     edit("[log]", f"[scheduler]\ndrain_timeout_s = {DRAIN_S}\n[limits]\nduty = 0.05\n[log]")
     sh("systemctl", "restart", UNIT)
     until("active", serving, READY_S)
+    CONFIGURATION.write_text(good)
     client = stream(900)
     started = time.monotonic()
     sh("systemctl", "stop", UNIT)
