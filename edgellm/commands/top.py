@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import json
 import sys
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -61,8 +62,10 @@ def run(args: argparse.Namespace) -> int:
                 return 0
             with subscribe(client.endpoints[0], at=args.events, silence=SILENCE_S) as events:
                 if args.json:
-                    return _print_events(events)
-                return _watch(client.status(), events)
+                    _print_events(events)
+                with contextlib.suppress(KeyboardInterrupt):  # the way out
+                    _watch(client.status(), events)
+                return 0
     except ClientError as error:
         print(f"edgellm top: {error}", file=sys.stderr)
         return UNAVAILABLE
@@ -75,19 +78,19 @@ def _print_once(before: Status, after: Status, *, as_json: bool) -> None:
         print(json.dumps({**dataclasses.asdict(after), "tokens_per_s": speed.generated}))
         return
     for name, value in describe(after, speed):
-        print(f"{name:<12}{value}")
+        print(f"{name:<13}{value}")
 
 
-def _print_events(events: Events) -> int:
+def _print_events(events: Events) -> NoReturn:
     from edgellm.client import StateChange
 
     for event in events:
         kind = "state" if isinstance(event, StateChange) else "stats"
         print(json.dumps({"ev": kind, **dataclasses.asdict(event)}), flush=True)
-    return 0
+    raise AssertionError("events have no end")
 
 
-def _watch(status: Status, events: Events) -> int:
+def _watch(status: Status, events: Events) -> NoReturn:
     from rich.live import Live
 
     from edgellm.client import StateChange
@@ -102,8 +105,6 @@ def _watch(status: Status, events: Events) -> int:
                 event = next(events)
             except RequestTimeout as timeout:
                 silent = str(timeout)  # it may be restarting: go on listening
-            except KeyboardInterrupt:
-                return 0
             else:
                 silent = ""
                 if isinstance(event, StateChange):
