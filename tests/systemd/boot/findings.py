@@ -330,6 +330,7 @@ def long_drain() -> str:
 
 @check("exit 78 is not tried again")
 def hopeless() -> str:
+    sh("systemctl", "stop", UNIT)
     good = CONFIGURATION.read_text()
     CONFIGURATION.write_text("[engine]\npaht = 1\n")
     sh("systemctl", "start", UNIT, check=False)
@@ -344,6 +345,7 @@ def hopeless() -> str:
 
 @check("exit 75 is tried until it heals")
 def shortage() -> str:
+    sh("systemctl", "stop", UNIT)
     good, since = COMMAND.read_text(), cursor()
     COMMAND.write_text("#!/bin/sh\necho too little memory >&2\nexit 75\n")
     sh("systemctl", "reset-failed", UNIT)
