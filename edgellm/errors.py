@@ -82,7 +82,7 @@ class Forbidden(RequestError):
 
 
 class Overloaded(RequestError):
-    """The queue or the client's quota is full."""
+    """The queue or the client's quota is full, or the governor admits nothing of the request's priority."""
 
     code = "overloaded"
 
