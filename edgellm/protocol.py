@@ -352,8 +352,8 @@ def decode_request(payload: bytes | memoryview) -> Request:
         _check_finite(request)
     if isinstance(request, Tokenize) and (request.text is None) == (request.messages is None):
         raise BadRequest("give either text or messages", field="text")
-    if isinstance(request, Limit):
-        _check_limit(request)
+    if isinstance(request, Limit) and request.batch_cap is None and request.duty is None:
+        raise BadRequest("give batch_cap, duty, or both", field="batch_cap")
     return request
 
 
@@ -434,10 +434,3 @@ def _check_finite(request: Generation) -> None:
     for token, bias in request.logit_bias.items():
         if not math.isfinite(bias):
             raise BadRequest(f"logit_bias of token {token} is not a finite number", field="logit_bias")
-
-
-def _check_limit(request: Limit) -> None:
-    if request.batch_cap is None and request.duty is None:
-        raise BadRequest("give batch_cap, duty, or both", field="batch_cap")
-    if request.duty is not None and math.isnan(request.duty):
-        raise BadRequest("duty is not a number", field="duty")
