@@ -101,7 +101,7 @@ class Address:
     def release(self) -> None:
         """Remove the socket file, if it was bound, and let go of the lock; idempotent."""
         if self._lock is not None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ConfigError):  # what is not a socket is not ours
                 self._clear_stale()
             os.close(self._lock)
             self._lock = None
