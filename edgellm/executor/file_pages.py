@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import re
@@ -10,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from edgellm.executor.madvise import MADV_DONTNEED, madvise
+
 log = logging.getLogger(__name__)
 
 SMAPS: Final = Path("/proc/self/smaps")
-MADV_DONTNEED: Final = 4  # linux/mman-common.h
 
 _MAPPING: Final = re.compile(r"(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) \S+ \S+ \S+ \d+\s*(?P<path>.*)")
 
@@ -26,11 +26,9 @@ def drop_mapped_pages(file: Path) -> None:
     """
     if not SMAPS.exists():
         return
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     for start, end in list(_clean_mappings(str(file.resolve()))):
-        if libc.madvise(start, end - start, MADV_DONTNEED) != 0:
-            log.debug("madvise on %s: %s", file, os.strerror(ctypes.get_errno()))
+        if error := madvise(start, end - start, MADV_DONTNEED):
+            log.debug("madvise on %s: %s", file, os.strerror(error))
 
 
 def _clean_mappings(path: str) -> Iterator[tuple[int, int]]:
