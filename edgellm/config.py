@@ -39,7 +39,6 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         max_batch_size: slots; 0: as built. Each slot holds max_seq_len tokens of KV cache.
         max_seq_len: tokens a slot holds, prompt and answer together; 0: as built.
         max_num_tokens: tokens fed in one step at most; 0: as built.
-        kv_dtype: element type of the KV cache.
     """
 
     path: str | None = None
@@ -47,7 +46,6 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     max_batch_size: Annotated[int, Meta(ge=0, le=256)] = 0
     max_seq_len: Annotated[int, Meta(ge=0)] = 0
     max_num_tokens: Annotated[int, Meta(ge=0)] = 0
-    kv_dtype: Literal["fp32", "fp16"] = "fp32"
 
 
 class SchedulerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

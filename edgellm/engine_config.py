@@ -6,6 +6,7 @@ from typing import Final, Literal
 
 import msgspec
 
+from edgellm.model.kv_cache import KvCache
 from edgellm.model.quantization import Quantization
 from edgellm.model.spec import ModelSpec
 
@@ -79,6 +80,7 @@ class EdgellmSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         executor: which executor runs it.
         executor_version: of the library that the network was written for, or None.
         compute: `int8` (weights as stored, activations quantized on the fly) or `fp32` (the reference).
+        kv_cache: element type of the KV cache.
         model_name: what to call the model.
         bos_id: the token that opens a text, or None.
         add_bos: whether a plain text prompt starts with bos_id.
@@ -91,6 +93,7 @@ class EdgellmSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     executor: Literal["cpu"]
     executor_version: str | None = None
     compute: Literal["int8", "fp32"]
+    kv_cache: KvCache = "fp32"
     model_name: str
     bos_id: int | None
     add_bos: bool

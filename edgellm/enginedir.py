@@ -40,6 +40,7 @@ from edgellm.engine_config import (
 )
 from edgellm.errors import BuildError, EngineError
 from edgellm.executor.base import Progress
+from edgellm.model.kv_cache import KvCache
 from edgellm.model.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -94,6 +95,11 @@ class EngineDir:
     def compute(self) -> Literal["int8", "fp32"]:
         """How the linear layers compute."""
         return self.config.edgellm.compute
+
+    @property
+    def kv_cache(self) -> KvCache:
+        """Element type of the KV cache: fixed by the network that was built."""
+        return self.config.edgellm.kv_cache
 
     @property
     def model_name(self) -> str:

@@ -53,6 +53,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default="int8",
         help="int8: weights as stored, activations quantized on the fly; fp32: the exact, slow reference",
     )
+    parser.add_argument(
+        "--kv-cache",
+        choices=("fp32", "fp16"),
+        default="fp32",
+        help="fp16: half the KV memory; attention then computes in half precision (default %(default)s)",
+    )
     parser.add_argument("--executor", choices=("cpu",), default="cpu", help="what is to run it")
     parser.add_argument(
         "--model-name", metavar="NAME", help="what to call the model (default: the file's name)"
@@ -159,6 +165,7 @@ def _engine_config(args: argparse.Namespace, checkpoint: Checkpoint, build: Buil
             executor=args.executor,
             executor_version=f"onnxruntime {version('onnxruntime')}",
             compute=args.compute,
+            kv_cache=args.kv_cache,
             model_name=args.model_name or checkpoint.name,
             bos_id=checkpoint.bos_id,
             add_bos=checkpoint.add_bos,
@@ -200,7 +207,7 @@ def _write_network(
 ) -> None:
     from edgellm.model.onnx import emit
 
-    emit(checkpoint, draft, build, compute=args.compute, progress=progress)
+    emit(checkpoint, draft, build, compute=args.compute, kv_cache=args.kv_cache, progress=progress)
 
 
 @contextmanager

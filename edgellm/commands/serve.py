@@ -13,7 +13,6 @@ FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
     "--max-seq-len": ("engine.max_seq_len", {"metavar": "N", "help": "tokens in a slot (at most as built)"}),
     "--max-num-tokens": ("engine.max_num_tokens", {"metavar": "N", "help": "tokens fed in a step"}),
     "--threads": ("engine.threads", {"metavar": "N", "help": "CPU threads that run the model"}),
-    "--kv-dtype": ("engine.kv_dtype", {"metavar": "TYPE", "help": "element type of the KV cache"}),
     "--max-step-ms": ("scheduler.max_step_ms", {"metavar": "MS", "help": "bound on a step's time"}),
     "--drain-timeout": ("scheduler.drain_timeout_s", {"metavar": "S", "help": "grace on SIGTERM"}),
     "--log-level": ("log.level", {"metavar": "LEVEL", "help": "debug, info, warning or error"}),

@@ -25,6 +25,7 @@ def make_executor(directory: EngineDir, wanted: EngineConfig) -> Executor:
         max_batch_size=_limit(directory, wanted, "max_batch_size"),
         max_seq_len=_limit(directory, wanted, "max_seq_len"),
         max_num_tokens=_limit(directory, wanted, "max_num_tokens"),
+        kv_cache=directory.kv_cache,
     )
 
 
