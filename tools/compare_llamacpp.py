@@ -3,10 +3,10 @@
     python tools/compare_llamacpp.py MODEL.gguf --llama-python OTHER_VENV/bin/python --markdown
 
 llama-cpp-python runs in a process of its own, in the interpreter that --llama-python names. In each round
-both sides feed the same prompt and advance the same numbers of sequences behind it; who goes first changes with
-the round. A ratio is llama.cpp's median time over ours, above 1 where edgellm is faster; its interval is a bootstrap over
-whole rounds (docs/benchmarks.md). Then both read a text token by token, and so does the fp32 mode: KL is
-the mean over positions of KL(fp32 ‖ side), in nats. Ends with 1 if a figure misses its target.
+both sides feed the same prompt and advance the same numbers of sequences behind it; who goes first changes
+with the round. A ratio is llama.cpp's median time over ours, above 1 where edgellm is faster; its interval is
+a bootstrap over whole rounds (docs/benchmarks.md). Then both read a text token by token, and so does the fp32
+mode: KL is the mean over positions of KL(fp32 ‖ side), in nats. Ends with 1 if a figure misses its target.
 """
 
 from __future__ import annotations

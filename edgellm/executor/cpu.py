@@ -354,8 +354,8 @@ class _Meter:
 
 
 def _open_session(path: Path, threads: int) -> ort.InferenceSession:
-    # Later versions' tiled attention saves memory that CHUNK bounds anyway, and is slower at these sizes: it takes
-    # twice as long for a chunk of 128, and a third longer for eight rows of one token.
+    # Later versions' tiled attention saves memory that CHUNK bounds anyway, and is slower at these sizes: it
+    # takes twice as long for a chunk of 128, and a third longer for eight rows of one token.
     os.environ.setdefault("ORT_GQA_DISABLE_FLASH_ATTENTION", "1")
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads

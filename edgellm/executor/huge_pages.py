@@ -1,7 +1,7 @@
 """Back what a library has allocated with huge pages, where the kernel can (Linux 6.1, THP not `never`).
 
-A step reads all weights once, so with pages of 4 KiB it misses the TLB tens of thousands of times. Memory that
-we allocate ourselves gets huge pages through numpy; what ONNX Runtime packs its weights into does not.
+A step reads all weights once, so with pages of 4 KiB it misses the TLB tens of thousands of times. Memory
+that we allocate ourselves gets huge pages through numpy; what ONNX Runtime packs its weights into does not.
 """
 
 from __future__ import annotations
