@@ -222,6 +222,8 @@ class Daemon:
         timeout = self._config.scheduler.drain_timeout_s
         log.info("draining: %d open requests, at most %.1f s", self._server.open_requests, timeout)
         self._notifier.stopping(f"draining {self._server.open_requests} requests")
+        # The unit's TimeoutStopSec bounds silence, not the drain.
+        self._notifier.extend_timeout(timeout + LAST_WORDS_S + self._step_bound())
         self._server.drain()
         end = time.monotonic() + timeout
         while self._server.open_requests and time.monotonic() < end and not self._hurry:
@@ -250,6 +252,7 @@ class Daemon:
     def _phase(self, name: str) -> Iterator[None]:
         started = time.monotonic()
         self._server.set_phase(name)
+        self._notifier.extend_timeout(LOAD_STEP_S, f"loading: {name}")
         log.debug("phase %s", name)
         yield
         self._phases[name] = time.monotonic() - started

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
 
     flags = _flags(args)
     set_up_logging("info")  # what goes wrong before the configuration is known is logged, too
+    # On SIGABRT, which is how systemd's watchdog kills, every thread's stack goes to the journal.
+    faulthandler.enable()
     daemon = Daemon(lambda: load_config(args.config, flags=flags))
     return daemon.run()
 
