@@ -109,7 +109,7 @@ class Exchange:
         self._served = model, engine
 
     def govern(self, governor: GovernorHandle) -> None:
-        """From now on the governor's decision admits requests."""
+        """From now on the governor's decision admits requests. May be called from any thread."""
         self._gate.governor = governor
 
     @property
@@ -332,6 +332,13 @@ class Exchange:
         self._access.closed(connection.grant)
         self._counts[stream.outcome] += 1
         took = now - stream.arrival
+        peer = connection.peer
+        log.info(
+            "a request ended: %s after %.2f s",
+            stream.outcome,
+            took,
+            extra={"REQUEST_ID": stream.id, "CLIENT": f"uid={peer.uid} pid={peer.pid}"},
+        )
         self._mean_s = took if self._mean_s is None else 0.9 * self._mean_s + 0.1 * took
 
     def _stop(self, stream: Stream, finish: Finish) -> None:

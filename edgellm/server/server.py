@@ -128,8 +128,8 @@ class Server:
         self._note(lambda: self._exchange.serve(model, engine))
 
     def govern(self, governor: GovernorHandle) -> None:
-        """From now on the governor's last decision says whose requests are admitted."""
-        self._note(lambda: self._exchange.govern(governor))
+        """From now on, at once, the governor's last decision says whose requests are admitted."""
+        self._exchange.govern(governor)
 
     def publish_transition(self, transition: Transition) -> None:
         """Tell subscribers, at once, that state or reason changed; never waits."""
