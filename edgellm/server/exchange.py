@@ -104,7 +104,7 @@ class Exchange:
         self._mean_s: float | None = None  # of a request, arrival to end; moving
 
     def serve(self, model: ServedModel, engine: EngineHandle) -> None:
-        """The engine is ready."""
+        """The engine is ready. May be called from any thread."""
         self.phase, self.progress = "ready", 1.0
         self._served = model, engine
 

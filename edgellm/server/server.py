@@ -44,7 +44,8 @@ class Server:
     serve, `drain` stops new work, `close` ends it. Every request that is accepted gets exactly one final
     message, whatever happens to the engine; nothing that a client sends ends the loop.
 
-    Methods may be called from any thread; those that change something leave a note for the I/O thread.
+    Methods may be called from any thread. What needs the sockets or the open requests leaves a note for the
+    I/O thread.
 
     Attributes:
         beat: turns of the loop: what a watchdog looks at.
@@ -123,9 +124,9 @@ class Server:
         directory: EngineDir,
         info: ExecutorInfo,
     ) -> None:
-        """Serve: from now on requests reach the engine."""
+        """Serve: from now on, at once, requests reach the engine."""
         model = ServedModel.of(tokenizer=tokenizer, template=template, directory=directory, info=info)
-        self._note(lambda: self._exchange.serve(model, engine))
+        self._exchange.serve(model, engine)
 
     def govern(self, governor: GovernorHandle) -> None:
         """From now on, at once, the governor's last decision says whose requests are admitted."""
