@@ -34,7 +34,6 @@ from edgellm.protocol import (
     HealthReply,
     Limit,
     Model,
-    ModelReply,
     Phase,
     PriorityName,
     Reply,
@@ -185,7 +184,7 @@ class Exchange:
             case Health():
                 return HealthReply(id=request.id, status=self.state, phase=self.phase, progress=self.progress)
             case Model():
-                return self._describe(request)
+                return self._ready()[0].describe(request.id)
 
     def _ready(self) -> tuple[ServedModel, EngineHandle]:
         if self._served is None:
@@ -267,22 +266,6 @@ class Exchange:
             requests=self._counts,
             served=self._served,
             governor=self._gate.governor,
-        )
-
-    def _describe(self, request: Model) -> ModelReply:
-        model, _ = self._ready()
-        return ModelReply(
-            id=request.id,
-            name=model.name,
-            architecture=model.architecture,
-            executor=model.executor,
-            quantization=model.quantization,
-            vocab_size=model.vocab_size,
-            max_batch_size=model.max_batch_size,
-            max_seq_len=model.max_seq_len,
-            max_num_tokens=model.max_num_tokens,
-            eos_ids=list(model.eos_ids),
-            chat_template=model.template is not None,
         )
 
     # What the engine is asked, and what it does.

@@ -14,6 +14,7 @@ from edgellm.executor.base import ExecutorInfo
 from edgellm.governor.causes import Limit, State
 from edgellm.governor.policy import Decision
 from edgellm.governor.sensors import Readings
+from edgellm.protocol import ModelReply
 from edgellm.scheduler.request import Finish, Request
 
 
@@ -179,4 +180,20 @@ class ServedModel:
             max_seq_len=info.max_seq_len,
             max_num_tokens=info.max_num_tokens,
             eos_ids=directory.eos_ids,
+        )
+
+    def describe(self, id_: str | int) -> ModelReply:
+        """The answer to `model`."""
+        return ModelReply(
+            id=id_,
+            name=self.name,
+            architecture=self.architecture,
+            executor=self.executor,
+            quantization=self.quantization,
+            vocab_size=self.vocab_size,
+            max_batch_size=self.max_batch_size,
+            max_seq_len=self.max_seq_len,
+            max_num_tokens=self.max_num_tokens,
+            eos_ids=list(self.eos_ids),
+            chat_template=self.template is not None,
         )
