@@ -12,6 +12,7 @@ mode: KL is the mean over positions of KL(fp32 ‖ side), in nats. Ends with 1 i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -153,8 +154,24 @@ class Peer:
             stderr=log,
             text=True,
         )
-        sizes = {"threads": args.threads, "sequences": max(args.batch), "length": args.length}
-        self.about = self._ask(model=str(args.model), **sizes)
+        self.about: dict[str, str] = {}
+        self._configuration = {
+            "model": str(args.model),
+            "threads": args.threads,
+            "sequences": max(args.batch),
+            "length": args.length,
+        }
+
+    def __enter__(self) -> Peer:
+        try:
+            self.about = self._ask(**self._configuration)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def prefill(self, tokens: Sequence[int]) -> float:
         seconds: float = self._ask(op="prefill", tokens=list(tokens))["seconds"]
@@ -174,17 +191,15 @@ class Peer:
 
     def close(self) -> None:
         """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.communicate()
 
     def _ask(self, **message: Any) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None
-        try:
+        # If it has gone, the answer is missing, too, and says why.
+        with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # the answer will be missing, too, and says why
         line = self._process.stdout.readline()
         if not line:
             self._log.seek(0)
@@ -211,13 +226,15 @@ def _compare(args: argparse.Namespace) -> int:
     tokenizer = Tokenizer.from_str(checkpoint.tokenizer_json().decode())
     text = tokenizer.encode(TEXT.strip(), add_special_tokens=False).ids
     args.length = max(args.prompt + args.steps, len(text)) + 1
-    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile() as log:
-        peer = Peer(args, log)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        tempfile.TemporaryFile() as log,
+        Peer(args, log) as peer,
+    ):
         ours = Ours(checkpoint, Path(scratch) / "int8", args, "int8")
         times = _alternate(args, ours, peer)
         exact = Ours(checkpoint, Path(scratch) / "fp32", args, "fp32").logits(text)
         kl = [_kl(exact, side.logits(text)) for side in (ours, peer)]
-        peer.close()
     rows = [_speed_row(workload, args, *pair) for workload, pair in times.items()]
     rows.append({"workload": f"KL, {len(text)} tokens", "kl_edgellm": kl[0], "kl_llamacpp": kl[1]})
     misses = [str(row["workload"]) for row in rows if row.get("kl_edgellm", 0.0) > MAX_KL or _misses(row)]
