@@ -19,7 +19,7 @@ from edgellm.governor.sensors import Readings
 
 @dataclass(frozen=True, slots=True)
 class Transition:
-    """A change of state, or of the reason for it.
+    """A change that others hear of: of the state, of the reason for it, or of whether anything runs at all.
 
     Attributes:
         before, after: the decisions.
@@ -115,8 +115,13 @@ class Governor:
             self._apply(after)
         if before is None:
             self.transitions[after.state] += 1
-        elif (before.state, before.reason) != (after.state, after.reason):
+        elif _told(before) != _told(after):
             if before.state is not after.state:
                 self.transitions[after.state] += 1
             self._tell(Transition(before, after, now))
         return after
+
+
+def _told(decision: Decision) -> tuple[State, str, bool]:
+    """What a transition is a change of. A suspension may hide behind another cause of the same state."""
+    return decision.state, decision.reason, decision.batch_cap == 0
