@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -104,29 +105,21 @@ class CpuExecutor:
             ExecutorFault: ONNX Runtime cannot load the model, or memory ran out.
         """
         assert self._session is None, "loaded already"
-        info, spec = self._info, self._spec
+        info = self._info
         meter = _Meter()
         progress("weights", 0.0)
         path = self._directory / MODEL_FILE
-        self._session = _guard("load the model", lambda: _open_session(path, self._threads))
-        self._require_kv_dtype(self._session)
-        use_huge_pages()
-        drop_mapped_pages(path.with_name(MODEL_FILE + ".data"))
+        # The kernel takes as long to hand out the caches' pages as the library to pack the weights.
+        with ThreadPoolExecutor(1, "kv_cache") as pool:
+            caches = pool.submit(self._allocate_caches)
+            self._session = _guard("load the model", lambda: _open_session(path, self._threads))
+            self._require_kv_dtype(self._session)
+            use_huge_pages()
+            drop_mapped_pages(path.with_name(MODEL_FILE + ".data"))
+            progress("kv_cache", 0.0)
+            self._kv = _guard("allocate the KV cache", caches.result)
         meter.read("weights")
-
-        progress("kv_cache", 0.0)
-        self._kv = _guard(
-            "allocate the KV cache",
-            lambda: KvRows(
-                layers=spec.num_hidden_layers,
-                rows=info.max_batch_size,
-                kv_heads=spec.num_key_value_heads,
-                max_seq_len=info.max_seq_len,
-                head_size=spec.head_size,
-                dtype=self._kv_dtype,
-            ),
-        )
-        meter.read("kv_cache")
+        meter.move("weights", "kv_cache", self._kv.nbytes)
 
         # Zeroed by writing, so that the pages are there.
         self._logits = np.full((info.max_batch_size, info.vocab_size), 0, np.float32)
@@ -138,6 +131,16 @@ class CpuExecutor:
         meter.read("activations")
         progress("ready", 1.0)
         return MemoryReport(meter.lines)
+
+    def _allocate_caches(self) -> KvRows:
+        return KvRows(
+            layers=self._spec.num_hidden_layers,
+            rows=self._info.max_batch_size,
+            kv_heads=self._spec.num_key_value_heads,
+            max_seq_len=self._info.max_seq_len,
+            head_size=self._spec.head_size,
+            dtype=self._kv_dtype,
+        )
 
     def bind(self, slot: int, sampling: SamplingParams, history: NDArray[np.int32]) -> None:
         """Give the slot to a new request."""
@@ -351,6 +354,11 @@ class _Meter:
         now = self._process.memory_info().rss
         self.lines[line] = now - self._last
         self._last = now
+
+    def move(self, line: str, target: str, size: int) -> None:
+        """Book `size` bytes of a line under another one."""
+        self.lines[line] -= size
+        self.lines[target] = size
 
 
 def _open_session(path: Path, threads: int) -> ort.InferenceSession:

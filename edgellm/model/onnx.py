@@ -27,7 +27,7 @@ from edgellm.model.kv_cache import KV_DTYPES, KvCache
 from edgellm.model.onnx_file import CONTRIB, Dimension, OnnxFile, onnx_type
 from edgellm.model.onnx_linear import Compute, Linears, Value
 from edgellm.model.spec import ModelSpec
-from edgellm.model.weights import Weight
+from edgellm.model.weights import Weight, scaled
 
 MODEL_FILE: Final = "model.onnx"
 
@@ -87,6 +87,7 @@ class OnnxGraph:
         self._kv_dtype = KV_DTYPES[kv_cache]
         self._progress = progress
         self._counters: dict[str, itertools.count[int]] = {}
+        self._projections: dict[str, tuple[Value, Sequence[Weight], Sequence[Weight | None]]] = {}
         file.input("input_ids", np.int32, ["B", "S"])
         file.input("seqlens_k", np.int32, ["B"])
         file.input("total_sequence_length", np.int32, [])
@@ -115,12 +116,16 @@ class OnnxGraph:
         return Value(y, x.rank, x.width)
 
     def qkv(self, x: Value, weights: Sequence[Weight], biases: Sequence[Weight | None]) -> Value:
-        return self._linears.project(x, weights, biases, self._name("qkv"))
+        y = self._name("qkv")
+        # Written by `attention`, which knows the scale.
+        self._projections[y] = x, weights, biases
+        return Value(y, x.rank, sum(weight.shape[0] for weight in weights))
 
     def attention(self, qkv: Value, attention: Attention) -> Value:
         if attention.q_norm is not None or attention.k_norm is not None:
             raise BuildError("the CPU executor does not normalise query and key heads yet (qk_layernorm)")
         spec, layer = self._spec, attention.layer
+        self._project_heads(qkv, attention.scale)
         y = self._name("attention")
         past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
         present = [f"present.{layer}.{part}" for part in ("key", "value")]
@@ -143,7 +148,7 @@ class OnnxGraph:
             domain=CONTRIB,
             num_heads=spec.num_attention_heads,
             kv_num_heads=spec.num_key_value_heads,
-            scale=attention.scale,
+            scale=1.0,
             do_rotary=1,
             rotary_interleaved=0,
         )
@@ -151,6 +156,17 @@ class OnnxGraph:
             self._file.node("Cast", [attended], [y], to=onnx_type(np.float32))
         self._progress("model", (layer + 1) / (spec.num_hidden_layers + 1))
         return Value(y, 3, spec.num_attention_heads * spec.head_size)
+
+    def _project_heads(self, qkv: Value, scale: float) -> None:
+        """Write the projections with attention's scale in q's weights.
+
+        q·k needs no factor then, and ONNX Runtime has a kernel for one row times a transposed matrix that
+        takes none. The scale is exact where it is a power of two, as for heads of 64; otherwise it rounds the
+        float32 scales of q's groups once.
+        """
+        x, (query, *weights), (bias, *biases) = self._projections.pop(qkv.name)
+        query, bias = scaled(query, scale), None if bias is None else scaled(bias, scale)
+        self._linears.project(x, [query, *weights], [bias, *biases], qkv.name)
 
     def linear(self, x: Value, weight: Weight, bias: Weight | None, residual: Value) -> Value:
         product = self._linears.project(x, [weight], [bias], self._name("linear"))

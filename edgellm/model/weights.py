@@ -9,7 +9,7 @@ rounding to float16 is not exact. Arrays are made when asked for, so that a chec
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -74,6 +74,8 @@ class Grouped:
         bits: 4 or 8.
         group: elements of K that share a scale; divides K.
         asymmetric: whether there are offsets or zero points.
+        centred: whether every offset is known to be −8 · scale, the middle of 4 bits (GGUF's Q4_0): an
+            executor that centres the numbers then needs no offsets.
         read: gives the arrays.
     """
 
@@ -83,6 +85,7 @@ class Grouped:
     group: int
     asymmetric: bool
     read: Callable[[], Groups]
+    centred: bool = False
 
     def dequantize(self) -> Float:
         """The weight as float32 [N, K], by the formula at the top of this file."""
@@ -94,3 +97,17 @@ class Grouped:
 
 
 Weight = Dense | Grouped
+
+
+def scaled(weight: Weight, factor: float) -> Weight:
+    """factor · weight in the same layout: of a group-wise one, scales and offsets are multiplied."""
+    if isinstance(weight, Dense):
+        read = weight.read
+        return replace(weight, dtype="f32", read=lambda: read() * np.float32(factor))
+
+    def read_groups(groups: Callable[[], Groups] = weight.read) -> Groups:
+        stored = groups()
+        offset = None if stored.offset is None else stored.offset * np.float32(factor)
+        return replace(stored, scale=stored.scale * np.float32(factor), offset=offset)
+
+    return replace(weight, read=read_groups)
