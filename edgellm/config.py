@@ -18,6 +18,7 @@ from msgspec import Meta, Struct
 
 from edgellm.errors import ConfigError
 from edgellm.governor.config import GovernorConfig, LimitsConfig, SensorsConfig
+from edgellm.memory.config import MemoryConfig
 from edgellm.server_config import ServerConfig
 
 if sys.version_info >= (3, 11):
@@ -72,6 +73,7 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     server: ServerConfig = ServerConfig()
     engine: EngineConfig = EngineConfig()
+    memory: MemoryConfig = MemoryConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     governor: GovernorConfig = GovernorConfig()
     limits: LimitsConfig = LimitsConfig()

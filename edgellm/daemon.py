@@ -28,6 +28,8 @@ from edgellm.errors import ConfigError, ExecutorFault, OperatorError
 from edgellm.executor.base import Executor, ExecutorInfo
 from edgellm.executor.factory import make_executor
 from edgellm.journal import set_level
+from edgellm.memory.promise import MemoryPromise
+from edgellm.memory.resident import give_back_freed
 from edgellm.reload import reloaded
 from edgellm.scheduler.scheduler import Scheduler
 from edgellm.server import Server
@@ -143,6 +145,8 @@ class Daemon:
     def _load(self) -> None:
         with self._phase("open"):
             directory = open_engine(self._path)
+            promise = MemoryPromise(directory, self._config)
+            promise.require()
         with ThreadPoolExecutor(max_workers=2, thread_name_prefix="load") as pool:
             verified = pool.submit(verify_engine, directory)
             text = pool.submit(_load_text, directory)
@@ -171,6 +175,8 @@ class Daemon:
                 notifier=self._notifier,
             )
             self._board.start()
+        with self._phase("memory"):
+            promise.keep(report)
         self._server.attach(
             engine=self._engine,
             tokenizer=tokenizer,
@@ -178,8 +184,6 @@ class Daemon:
             directory=directory,
             info=executor.info,
         )
-        for part, size in report.lines.items():
-            log.info("memory: %s %.1f MB", part, size / 1e6)
         self._log_ready(directory, executor.info)
         self._notifier.ready(self._status())
 
@@ -273,4 +277,6 @@ class Daemon:
 
 
 def _load_text(directory: EngineDir) -> tuple[Tokenizer, ChatTemplate | None]:
-    return directory.tokenizer(), directory.chat_template()
+    text = directory.tokenizer(), directory.chat_template()
+    give_back_freed()  # half of what parsing took; the executor's thread would not find it
+    return text

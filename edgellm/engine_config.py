@@ -6,12 +6,16 @@ from typing import Final, Literal
 
 import msgspec
 
+from edgellm.model.inventory import Matrices
 from edgellm.model.kv_cache import KvCache
 from edgellm.model.quantization import Quantization
 from edgellm.model.spec import ModelSpec
 
 FORMAT_VERSION: Final = 1
 UNSEALED: Final = "0" * 64
+
+Compute = Literal["int8", "fp32"]
+"""`int8`: weights as stored, activations quantized on the fly; `fp32`: the reference."""
 
 
 class Mapping(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -85,6 +89,7 @@ class EdgellmSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         bos_id: the token that opens a text, or None.
         add_bos: whether a plain text prompt starts with bos_id.
         eos_ids: the tokens that end an answer.
+        weights: every matrix, for the memory plan.
         files: every other file, by name.
         config_sha256: of config.json itself; see the top of this file.
     """
@@ -92,12 +97,13 @@ class EdgellmSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     format_version: int
     executor: Literal["cpu"]
     executor_version: str | None = None
-    compute: Literal["int8", "fp32"]
+    compute: Compute
     kv_cache: KvCache = "fp32"
     model_name: str
     bos_id: int | None
     add_bos: bool
     eos_ids: tuple[int, ...]
+    weights: tuple[Matrices, ...] = ()
     files: dict[str, FileRecord] = {}
     config_sha256: str = UNSEALED
 

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -33,6 +33,7 @@ from edgellm.engine_config import (
     FORMAT_VERSION,
     UNSEALED,
     BuildConfig,
+    Compute,
     EdgellmSection,
     EngineConfig,
     FileRecord,
@@ -92,7 +93,7 @@ class EngineDir:
         return self.config.build_config
 
     @property
-    def compute(self) -> Literal["int8", "fp32"]:
+    def compute(self) -> Compute:
         """How the linear layers compute."""
         return self.config.edgellm.compute
 

@@ -52,7 +52,7 @@ PAUSE_S = 0.02
 """Between round trips: the daemon has gone back to sleep."""
 
 _READY = re.compile(r"READY in (?P<total>[\d.]+) s \((?P<phases>[^)]*)\)")
-_MEMORY = re.compile(r"memory: (?P<part>.+) (?P<size>[\d.]+) MB$", re.MULTILINE)
+_MEMORY = re.compile(r"memory: (?P<part>\w+) (?P<size>[\d.]+) MiB, planned")
 
 TARGETS = {
     "ready_s": ("≤", 1.5),
@@ -223,7 +223,8 @@ def _daemon(engine: Path, *flags: str) -> Iterator[Daemon]:
     with tempfile.TemporaryDirectory(prefix="edgellm-measure-") as folder:
         endpoint = f"ipc://{folder}/edgellm.sock"
         log = Path(folder) / "log"
-        command = [sys.executable, "-m", "edgellm", "serve", str(engine), "--endpoint", endpoint, *flags]
+        command = [sys.executable, "-m", "edgellm", "serve", str(engine), "--endpoint", endpoint]
+        command += ["--log-level", "debug", *flags]  # debug: what each part takes
         with log.open("wb") as stderr:
             process = subprocess.Popen(command, stderr=stderr)
         try:
@@ -250,7 +251,9 @@ def _wait_ready(process: subprocess.Popen[bytes], endpoint: str, log: Path) -> D
                 endpoint=endpoint,
                 ready_s=float(ready["total"]),
                 phases={name: float(seconds) for name, seconds in phases},
-                memory_mb={each["part"]: float(each["size"]) for each in _MEMORY.finditer(text)},
+                memory_mb={
+                    each["part"]: float(each["size"]) * (1 << 20) / 1e6 for each in _MEMORY.finditer(text)
+                },
             )
         time.sleep(0.05)
     raise ExecutorFault(f"the daemon did not become ready: {log.read_text().strip()}")

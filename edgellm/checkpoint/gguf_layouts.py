@@ -61,7 +61,7 @@ def weight(file: GgufFile, info: TensorInfo, *, rotary_heads: int | None = None)
             _finite(file, info, groups.offset)
         return groups
 
-    return Grouped(info.name, (n, k), bits, GROUP, asymmetric, read)
+    return Grouped(info.name, (n, k), bits, GROUP, asymmetric, read, centred=kind == "Q4_0")
 
 
 def _halves(raw: Bytes, info: TensorInfo, heads: int) -> Bytes:

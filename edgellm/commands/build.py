@@ -153,6 +153,7 @@ def _engine_config(args: argparse.Namespace, checkpoint: Checkpoint, build: Buil
 
     from edgellm import __version__
     from edgellm.enginedir import FORMAT_VERSION, EdgellmSection, EngineConfig, PretrainedConfig
+    from edgellm.model.inventory import take_inventory
 
     return EngineConfig(
         version=__version__,
@@ -170,6 +171,7 @@ def _engine_config(args: argparse.Namespace, checkpoint: Checkpoint, build: Buil
             bos_id=checkpoint.bos_id,
             add_bos=checkpoint.add_bos,
             eos_ids=checkpoint.eos_ids,
+            weights=take_inventory(checkpoint),
         ),
     )
 

@@ -8,6 +8,7 @@ from edgellm.config import EngineConfig
 from edgellm.enginedir import EngineDir
 from edgellm.errors import ConfigError
 from edgellm.executor.base import Executor
+from edgellm.memory.plan import Shape
 
 
 def make_executor(directory: EngineDir, wanted: EngineConfig) -> Executor:
@@ -18,14 +19,28 @@ def make_executor(directory: EngineDir, wanted: EngineConfig) -> Executor:
     """
     from edgellm.executor.cpu import CpuExecutor
 
+    shape = shape_of(directory, wanted)
     return CpuExecutor(
         directory.path,
         directory.spec,
         threads=threads_of(wanted),
+        max_batch_size=shape.max_batch_size,
+        max_seq_len=shape.max_seq_len,
+        max_num_tokens=shape.max_num_tokens,
+        kv_cache=directory.kv_cache,
+    )
+
+
+def shape_of(directory: EngineDir, wanted: EngineConfig) -> Shape:
+    """The sizes that are asked for, or as built where nothing is.
+
+    Raises:
+        ConfigError: an `engine.*` key asks for more than the engine was built for.
+    """
+    return Shape(
         max_batch_size=_limit(directory, wanted, "max_batch_size"),
         max_seq_len=_limit(directory, wanted, "max_seq_len"),
         max_num_tokens=_limit(directory, wanted, "max_num_tokens"),
-        kv_cache=directory.kv_cache,
     )
 
 

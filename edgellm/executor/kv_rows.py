@@ -25,9 +25,9 @@ class KvRows:
     ) -> None:
         shape = (2 * layers, rows, kv_heads, max_seq_len, head_size)
         self.tensors: NDArray[np.generic] = np.empty(shape, dtype)
-        # Written, not only reserved: every page is there from now on.
+        # Written, not only reserved, the spare row too: every page is there from now on.
         self.tensors.fill(0)
-        self._spare = np.zeros(shape[2:], dtype)
+        self._spare = np.full(shape[2:], 0, dtype)
         self._row_of = list(range(rows))
         self._slot_at = list(range(rows))
         self._held = [0] * rows

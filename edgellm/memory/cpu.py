@@ -1,0 +1,250 @@
+"""The CPU executor's memory: what ONNX Runtime makes of `model/onnx.py`'s network, and the process around it.
+
+Exact where arrays are ours or a layout is known (weights, KV caches, sampling), measured constants where they
+are not (the process, the tokenizer, the graph, how ONNX Runtime's arena fragments). docs/memory.md has each
+constant, where it was measured, and how far it carries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from edgellm.engine_config import Compute
+from edgellm.memory.plan import Line, Shape
+from edgellm.model.inventory import Matrices
+from edgellm.model.kv_cache import KV_DTYPES, KvCache
+from edgellm.model.spec import ModelSpec
+
+FLOAT: Final = 4
+
+PROCESS_PRIVATE: Final = 35_500_000
+"""Python, numpy, onnxruntime, pyzmq, msgspec and edgellm itself, without an engine."""
+PROCESS_LIBRARIES: Final = 45_000_000
+"""Pages of shared libraries that are touched on the way to READY."""
+THREAD: Final = 300_000
+"""One more thread of ONNX Runtime: stack, allocator arena, scratch."""
+TOKENIZER_PER_TOKEN: Final = 270
+"""`tokenizers`' two maps of the vocabulary, its merges, and our table of their bytes, per token."""
+TOKENIZER_LOADING: Final = 500
+"""The same while tokenizer.json is parsed."""
+NODE: Final = 7_000
+"""What ONNX Runtime holds for a node of the graph."""
+NODES_PER_LAYER: Final = {"int8": 26, "fp32": 14}
+FRAGMENTATION: Final = 1.25
+"""ONNX Runtime's arena against the tensors that live at the same time."""
+
+PANEL: Final = 16
+"""MLAS packs float matrices in panels of so many columns."""
+CHUNK: Final = 128
+"""`executor/cpu.py`'s longest run of one prompt."""
+REQUEST: Final = 16 << 10
+"""A request on its way: its fields, texts and queues, beside its tokens."""
+TOKEN: Final = 200
+"""A token of an open answer: Python's int, its piece of text, and its share of the final message."""
+
+
+@dataclass(frozen=True, slots=True)
+class CpuFootprint:
+    """See `memory.plan.Footprint`.
+
+    Attributes:
+        spec: the model's numbers.
+        weights: its inventory.
+        compute: `int8` or `fp32`, as `model/onnx.py` has it.
+        kv_cache: element type of the caches.
+        threads: ONNX Runtime's.
+        max_queue: requests that may wait.
+    """
+
+    spec: ModelSpec
+    weights: tuple[Matrices, ...]
+    compute: Compute
+    kv_cache: KvCache
+    threads: int = 1
+    max_queue: int = 64
+
+    def lines(self, shape: Shape) -> tuple[Line, ...]:
+        """All parts."""
+        model = (self._process(), self._tokenizer(), *self._weights(), self._graph())
+        parts = (
+            *model,
+            self._kv_cache(shape),
+            self._sampling(shape),
+            self._activations(shape),
+            self._requests(shape),
+            *self._mapped(shape),
+        )
+        return (*parts, self._loading(model, parts))
+
+    def _process(self) -> Line:
+        return Line(
+            "process",
+            PROCESS_PRIVATE + PROCESS_LIBRARIES + self.threads * THREAD,
+            f"Python and libraries {_n(PROCESS_PRIVATE)} B + their mapped pages {_n(PROCESS_LIBRARIES)} B "
+            f"+ threads {self.threads} × {_n(THREAD)} B",
+        )
+
+    def _tokenizer(self) -> Line:
+        vocabulary = self.spec.vocab_size
+        return Line(
+            "tokenizer",
+            vocabulary * TOKENIZER_PER_TOKEN,
+            f"vocabulary {_n(vocabulary)} × {TOKENIZER_PER_TOKEN} B",
+        )
+
+    def _weights(self) -> Iterator[Line]:
+        """One line for each way of storing them, as ONNX Runtime packs them."""
+        packed: dict[str, list[Matrices]] = {}
+        for matrices in self.weights:
+            if matrices.role in ("linear", "head"):
+                packed.setdefault(self._layout(matrices), []).append(matrices)
+        for layout, kinds in packed.items():
+            elements, groups = sum(each.elements for each in kinds), sum(each.groups for each in kinds)
+            if layout == "float":
+                formula = f"weights {_n(elements)} × {FLOAT} B"
+            else:
+                planes = 3 if layout.endswith("offsets") else 2
+                what = "scale, sum" + (", offset" if planes == 3 else "")
+                formula = (
+                    f"weights {_n(elements)} × {kinds[0].bits} bit "
+                    f"+ groups {_n(groups)} × {planes} × {FLOAT} B ({what})"
+                )
+            yield Line(f"weights {layout}", sum(self._packed(each) for each in kinds), formula)
+
+    def _layout(self, matrices: Matrices) -> str:
+        if not self._quantized(matrices):
+            return "float"
+        return f"{matrices.bits}-bit" + (" with offsets" if matrices.offsets else "")
+
+    def _quantized(self, matrices: Matrices) -> bool:
+        return bool(matrices.group) and self.compute == "int8"
+
+    def _packed(self, matrices: Matrices) -> int:
+        """Bytes once packed: MatMulNBits' numbers, scales and group sums; FusedMatMul's floats in panels."""
+        rows = -(-matrices.rows // PANEL) * PANEL
+        if not self._quantized(matrices):
+            return matrices.count * rows * matrices.columns * FLOAT
+        size = matrices.elements * matrices.bits // 8 + 2 * matrices.groups * FLOAT
+        if matrices.offsets:
+            size += matrices.count * rows * (matrices.columns // matrices.group) * FLOAT
+        return size
+
+    def _graph(self) -> Line:
+        layers, each = self.spec.num_hidden_layers, NODES_PER_LAYER[self.compute]
+        return Line(
+            "graph", layers * each * NODE, f"layers {layers} × nodes {each} × {_n(NODE)} B of ONNX Runtime"
+        )
+
+    def _kv_cache(self, shape: Shape) -> Line:
+        spec, size = self.spec, np.dtype(KV_DTYPES[self.kv_cache]).itemsize
+        slots = shape.max_batch_size * spec.kv_elements_per_token() * shape.max_seq_len
+        spare = spec.num_key_value_heads * spec.head_size * shape.max_seq_len
+        return Line(
+            "kv_cache",
+            (slots + spare) * size,
+            f"(slots {shape.max_batch_size} × layers {spec.num_hidden_layers} × 2 + spare 1) "
+            f"× tokens {_n(shape.max_seq_len)} × kv heads {spec.num_key_value_heads} "
+            f"× head {spec.head_size} × {size} B",
+        )
+
+    def _sampling(self, shape: Shape) -> Line:
+        batch, vocabulary = shape.max_batch_size, self.spec.vocab_size
+        seen = min(vocabulary, shape.max_seq_len)
+        return Line(
+            "sampling",
+            ((2 * batch + 3) * vocabulary + batch * seen) * FLOAT,
+            f"((2 × slots {batch} + 3) × vocabulary {_n(vocabulary)} + slots {batch} × distinct {_n(seen)}) "
+            f"× {FLOAT} B",
+        )
+
+    def _activations(self, shape: Shape) -> Line:
+        """The tensors that live at the same time in the widest layer, and attention's scores."""
+        spec = self.spec
+        rows = max(min(CHUNK, shape.max_num_tokens, shape.max_seq_len), shape.max_batch_size)
+        # Gate and up side by side, their halves, SiLU, product; with offsets two more of the first.
+        wide = 10 if self._any_offsets() else 6
+        width = wide * spec.intermediate_size + 6 * spec.hidden_size
+        # Half-precision caches: the scores once more, in floats.
+        copies = 1 if self.kv_cache == "fp32" else 2
+        heads = spec.num_attention_heads
+        scores = rows * heads * shape.max_seq_len * copies * FLOAT
+        return Line(
+            "activations",
+            int(FRAGMENTATION * rows * width * FLOAT) + scores,
+            f"rows {rows} × ({FRAGMENTATION} × ({wide} × mlp {_n(spec.intermediate_size)} "
+            f"+ 6 × hidden {_n(spec.hidden_size)}) "
+            f"+ heads {heads} × tokens {_n(shape.max_seq_len)} × {copies}) × {FLOAT} B",
+        )
+
+    def _any_offsets(self) -> bool:
+        return any(each.offsets and each.role == "linear" and self._quantized(each) for each in self.weights)
+
+    def _requests(self, shape: Shape) -> Line:
+        waiting, batch, length = self.max_queue, shape.max_batch_size, shape.max_seq_len
+        return Line(
+            "requests",
+            (waiting + batch) * REQUEST + waiting * length * FLOAT + batch * length * TOKEN,
+            f"(waiting {waiting} + slots {batch}) × {_n(REQUEST)} B "
+            f"+ tokens {_n(length)} × (waiting {waiting} × {FLOAT} B + slots {batch} × {TOKEN} B)",
+        )
+
+    def _mapped(self, shape: Shape) -> Iterator[Line]:
+        """What is read from the file as it is used: rows of the embedding, and the rotary tables."""
+        tables = [each for each in self.weights if each.role == "embedding"]
+        yield Line(
+            "embedding",
+            sum(map(self._table, tables)),
+            " + ".join(_table_formula(each, quantized=self._quantized(each)) for each in tables)
+            + ", as its rows are used",
+            "mapped",
+        )
+        half, size = self.spec.head_size // 2, np.dtype(KV_DTYPES[self.kv_cache]).itemsize
+        vectors = sum(each.elements for each in self.weights if each.role == "vector")
+        yield Line(
+            "tables",
+            2 * shape.max_seq_len * half * size + vectors * FLOAT,
+            f"rotary 2 × tokens {_n(shape.max_seq_len)} × {half} × {size} B "
+            f"+ gains {_n(vectors)} × {FLOAT} B",
+            "mapped",
+        )
+
+    def _loading(self, model: Sequence[Line], parts: Sequence[Line]) -> Line:
+        """How far loading, before there are caches, goes beyond what stays.
+
+        ONNX Runtime packs from the mapped file and lets go of a tensor when it has; the embedding and the
+        scales stay mapped to the end.
+        """
+        parsing = self.spec.vocab_size * (TOKENIZER_LOADING - TOKENIZER_PER_TOKEN)
+        tables = sum(self._table(each) for each in self.weights if each.role == "embedding")
+        scales = FLOAT * sum(each.groups for each in self.weights if self._quantized(each))
+        peak = sum(line.bytes for line in model) + parsing + tables + scales
+        return Line(
+            "loading",
+            max(0, peak - sum(line.bytes for line in parts)),
+            f"before there are caches: process, tokenizer, weights, graph, embedding "
+            f"+ parsing {_n(parsing)} B + scales {_n(scales)} B = {_n(peak)} B, "
+            "as far as it exceeds the lines above",
+            "transient",
+        )
+
+    def _table(self, matrices: Matrices) -> int:
+        if not self._quantized(matrices):
+            return matrices.elements * FLOAT
+        return matrices.elements * matrices.bits // 8 + (1 + matrices.offsets) * matrices.groups * FLOAT
+
+
+def _table_formula(matrices: Matrices, *, quantized: bool) -> str:
+    if not quantized:
+        return f"{_n(matrices.rows)} × {_n(matrices.columns)} × {FLOAT} B"
+    return (
+        f"{_n(matrices.rows)} × {_n(matrices.columns)} × {matrices.bits} bit "
+        f"+ groups {_n(matrices.groups)} × {1 + matrices.offsets} × {FLOAT} B"
+    )
+
+
+def _n(number: int) -> str:
+    return f"{number:,}"
