@@ -55,6 +55,7 @@ __all__ = [
     "EngineConfig",
     "EngineDir",
     "PretrainedConfig",
+    "is_engine",
     "new_engine",
     "open_engine",
     "seal",
@@ -189,6 +190,15 @@ def open_engine(path: Path) -> EngineDir:
                 f"{path / name} has {size} bytes instead of {record.bytes}; build the engine again"
             )
     return EngineDir(path, config)
+
+
+def is_engine(path: Path) -> bool:
+    """Whether `path` is an engine directory, of whatever format version; a checkpoint is none."""
+    try:
+        raw = (path / CONFIG).read_bytes()
+    except OSError:
+        return False
+    return _format_version(raw) is not None
 
 
 def verify_engine(engine: EngineDir, progress: Progress = lambda _name, _fraction: None) -> None:

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     from edgellm.enginedir import new_engine, seal
 
     started = time.monotonic()
-    _refuse_model_name(args.checkpoint)
+    refuse_model_name(args.checkpoint)
     checkpoint = open_checkpoint(args.checkpoint)
     build = build_config(
         checkpoint.spec,
@@ -101,7 +101,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def build_config(
-    spec: ModelSpec, *, max_batch_size: int, max_seq_len: int | None, max_num_tokens: int | None
+    spec: ModelSpec,
+    *,
+    max_batch_size: int | None = None,
+    max_seq_len: int | None = None,
+    max_num_tokens: int | None = None,
 ) -> BuildConfig:
     """The sizes to build for; None takes the default.
 
@@ -112,6 +116,8 @@ def build_config(
     from edgellm.errors import UsageError
 
     longest = spec.max_position_embeddings
+    if max_batch_size is None:
+        max_batch_size = DEFAULT_BATCH_SIZE
     if max_seq_len is None:
         max_seq_len = min(DEFAULT_SEQ_LEN, longest)
     if max_batch_size < 1:
@@ -138,7 +144,12 @@ def build_config(
     )
 
 
-def _refuse_model_name(path: Path) -> None:
+def refuse_model_name(path: Path) -> None:
+    """Say what to do with a model's name where a file is wanted.
+
+    Raises:
+        UsageError: the path is no file, and a model that `edgellm fetch` knows.
+    """
     from edgellm.checkpoint.fetch import MODELS
     from edgellm.errors import UsageError
 

@@ -69,10 +69,15 @@ class CpuFootprint:
 
     def lines(self, shape: Shape) -> tuple[Line, ...]:
         """All parts."""
-        model = (self._process(), self._tokenizer(), *self._weights(), self._graph())
+        model = (
+            self._process(),
+            self._tokenizer(),
+            *self._weights(),
+            self._graph(),
+            self._kv_cache(shape),
+        )
         parts = (
             *model,
-            self._kv_cache(shape),
             self._sampling(shape),
             self._activations(shape),
             self._requests(shape),
@@ -213,7 +218,7 @@ class CpuFootprint:
         )
 
     def _loading(self, model: Sequence[Line], parts: Sequence[Line]) -> Line:
-        """How far loading, before there are caches, goes beyond what stays.
+        """How far loading, while weights are packed and caches filled, goes beyond what stays.
 
         ONNX Runtime packs from the mapped file and lets go of a tensor when it has; the embedding and the
         scales stay mapped to the end.
@@ -225,7 +230,7 @@ class CpuFootprint:
         return Line(
             "loading",
             max(0, peak - sum(line.bytes for line in parts)),
-            f"before there are caches: process, tokenizer, weights, graph, embedding "
+            f"while weights are packed: process, tokenizer, weights, graph, caches, embedding "
             f"+ parsing {_n(parsing)} B + scales {_n(scales)} B = {_n(peak)} B, "
             "as far as it exceeds the lines above",
             "transient",

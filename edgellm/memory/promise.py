@@ -97,11 +97,18 @@ def require_fit(plan: Plan, budget: Budget, footprint: Footprint, most: Shape) -
         ConfigError: it can never fit.
         TemporaryShortage: it does not fit what is free now.
     """
-    if plan.total <= budget.bytes and (budget.ever is None or plan.total <= budget.ever):
-        return
+    if kind := refusal(plan, budget):
+        allowed = budget.bytes if kind is TemporaryShortage or budget.ever is None else budget.ever
+        raise kind(_explanation(plan, budget, allowed, footprint, most))
+
+
+def refusal(plan: Plan, budget: Budget) -> type[ConfigError] | type[TemporaryShortage] | None:
+    """The kind of error that a plan is for a budget: it can never fit, or not now; None: it fits."""
     if budget.ever is not None and plan.total > budget.ever:
-        raise ConfigError(_explanation(plan, budget, budget.ever, footprint, most))
-    raise TemporaryShortage(_explanation(plan, budget, budget.bytes, footprint, most))
+        return ConfigError
+    if plan.total > budget.bytes:
+        return TemporaryShortage if budget.automatic else ConfigError
+    return None
 
 
 def compare(plan: Plan, budget: Budget, report: MemoryReport, resident: int) -> None:

@@ -1,0 +1,236 @@
+"""`edgellm plan ENGINE|CHECKPOINT`: what serving it takes, line by line, and the largest shapes that fit."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from edgellm.memory.budget import Budget
+    from edgellm.memory.config import MemoryConfig
+    from edgellm.memory.cpu import CpuFootprint
+    from edgellm.memory.plan import Line, Plan, Shape
+
+SIZES = ("max_batch_size", "max_seq_len", "max_num_tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is planned for.
+
+    Attributes:
+        name: the model's.
+        footprint: the executor's.
+        shape: the sizes asked for, or as built, or the defaults of `edgellm build`.
+        longest: tokens that the model was trained for.
+        rebuild: flags of `edgellm build` that the engine was not built with.
+    """
+
+    name: str
+    footprint: CpuFootprint
+    shape: Shape
+    longest: int
+    rebuild: tuple[str, ...] = ()
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to the command line."""
+    parser = subparsers.add_parser("plan", help="how much memory an engine takes, and what fits")
+    parser.add_argument("path", type=Path, metavar="ENGINE|CHECKPOINT", help="built already, or not yet")
+    parser.add_argument(
+        "--budget",
+        metavar="SIZE",
+        default="auto",
+        help="such as 480MiB or 4GiB; auto: what is free here and now (default %(default)s)",
+    )
+    parser.add_argument(
+        "--reserve",
+        metavar="SIZE",
+        default="256MiB",
+        help="what auto leaves to everything else (default %(default)s)",
+    )
+    for size in SIZES:
+        flag = "--" + size.replace("_", "-")
+        parser.add_argument(flag, type=int, metavar="N", help="as built, or as `edgellm build` would")
+    parser.add_argument("--kv-cache", choices=("fp32", "fp16"), help="element type of the KV cache")
+    parser.add_argument("--compute", choices=("int8", "fp32"), help="how the linear layers compute")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one for each core)")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument(
+        "--root", type=Path, default=Path("/"), metavar="DIR", help="where /proc is (default /)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan.
+
+    Raises:
+        ConfigError: it exceeds an absolute budget, or all that the board has.
+        TemporaryShortage: it exceeds what is free now.
+        OperatorError: the flags, the engine or the checkpoint; see edgellm.errors.
+    """
+    from edgellm.memory.budget import find_budget
+    from edgellm.memory.plan import frontier, make_plan
+    from edgellm.memory.promise import refusal
+    from edgellm.memory.sizes import show_size
+
+    budget = find_budget(_memory_config(args), args.root)
+    subject = _subject(args)
+    plan = make_plan(subject.footprint, subject.shape, budget.bytes)
+    fitting = frontier(
+        subject.footprint,
+        budget=budget.bytes,
+        longest=subject.longest,
+        max_num_tokens=subject.shape.max_num_tokens,
+    )
+    print(_as_json(subject, plan, budget, fitting) if args.json else _as_text(subject, plan, budget, fitting))
+    if kind := refusal(plan, budget):
+        raise kind(f"{show_size(plan.total)} do not fit {show_size(budget.bytes)} ({budget.text})")
+    return 0
+
+
+def _memory_config(args: argparse.Namespace) -> MemoryConfig:
+    from edgellm.errors import UsageError
+    from edgellm.memory.config import MemoryConfig
+
+    try:
+        return MemoryConfig(budget=args.budget, reserve=args.reserve)
+    except ValueError as error:
+        raise UsageError(f"--budget or --reserve: {error}") from None
+
+
+def _subject(args: argparse.Namespace) -> Subject:
+    from edgellm.enginedir import is_engine
+
+    return _engine(args) if is_engine(args.path) else _checkpoint(args)
+
+
+def _engine(args: argparse.Namespace) -> Subject:
+    from edgellm.commands.build import build_config
+    from edgellm.enginedir import open_engine
+    from edgellm.memory.plan import Shape, with_tokens
+    from edgellm.memory.promise import footprint_of
+
+    engine = open_engine(args.path)
+    sizes = {name: getattr(args, name) or getattr(engine.build, name) for name in SIZES}
+    shape = Shape(**sizes)
+    if args.max_num_tokens is None:
+        shape = with_tokens(shape)
+    build_config(engine.spec, **asdict(shape))  # refuses what makes no sense
+    footprint = footprint_of(engine, threads=_threads(args), max_queue=_max_queue())
+    kv_cache, compute = args.kv_cache or engine.kv_cache, args.compute or engine.compute
+    beyond = [name for name in SIZES if getattr(shape, name) > getattr(engine.build, name)]
+    beyond += ["kv_cache"] * (kv_cache != engine.kv_cache) + ["compute"] * (compute != engine.compute)
+    return Subject(
+        engine.model_name,
+        replace(footprint, kv_cache=kv_cache, compute=compute),
+        shape,
+        engine.spec.max_position_embeddings,
+        tuple("--" + name.replace("_", "-") for name in beyond),
+    )
+
+
+def _checkpoint(args: argparse.Namespace) -> Subject:
+    from edgellm.checkpoint import open_checkpoint
+    from edgellm.commands.build import build_config, refuse_model_name
+    from edgellm.memory.cpu import CpuFootprint
+    from edgellm.memory.plan import Shape
+    from edgellm.model.inventory import take_inventory
+
+    refuse_model_name(args.path)
+    checkpoint = open_checkpoint(args.path)
+    build = build_config(checkpoint.spec, **{name: getattr(args, name) for name in SIZES})
+    return Subject(
+        checkpoint.name,
+        CpuFootprint(
+            spec=checkpoint.spec,
+            weights=take_inventory(checkpoint),
+            compute=args.compute or "int8",
+            kv_cache=args.kv_cache or "fp32",
+            threads=_threads(args),
+            max_queue=_max_queue(),
+        ),
+        Shape(build.max_batch_size, build.max_seq_len, build.max_num_tokens),
+        checkpoint.spec.max_position_embeddings,
+    )
+
+
+def _threads(args: argparse.Namespace) -> int:
+    from edgellm.config import EngineConfig
+    from edgellm.executor.factory import threads_of
+
+    return args.threads or threads_of(EngineConfig())
+
+
+def _max_queue() -> int:
+    from edgellm.server_config import ServerConfig
+
+    return ServerConfig().max_queue
+
+
+def _as_text(subject: Subject, plan: Plan, budget: Budget, fitting: Sequence[Shape]) -> str:
+    from edgellm.memory.sizes import show_size
+
+    shape, footprint = plan.shape, subject.footprint
+    assert plan.headroom is not None
+    rows = [(line.name, show_size(line.bytes), _how(line)) for line in plan.lines]
+    rows += [
+        ("total", show_size(plan.total), f"at READY {show_size(plan.at_ready)}"),
+        ("budget", show_size(budget.bytes), budget.text),
+        ("headroom", show_size(plan.headroom), "" if plan.fits else "it does not fit"),
+    ]
+    name, size = (max(len(row[column]) for row in rows) for column in (0, 1))
+    text = [
+        f"{subject.name}: {shape.max_batch_size} slots of {shape.max_seq_len} tokens, "
+        f"steps of {shape.max_num_tokens}, cpu {footprint.compute}, KV cache {footprint.kv_cache}",
+        "",
+        *(f"{part:{name}}  {amount:>{size}}  {how}".rstrip() for part, amount, how in rows),
+        "",
+        f"What fits, for at most the {subject.longest} tokens that the model was trained for:",
+        *_table(fitting),
+    ]
+    if subject.rebuild:
+        text += ["", f"The engine was not built with this {', '.join(subject.rebuild)}: build it again."]
+    return "\n".join(text)
+
+
+def _how(line: Line) -> str:
+    return line.formula if line.kind == "resident" else f"[{line.kind}] {line.formula}"
+
+
+def _table(fitting: Sequence[Shape]) -> list[str]:
+    if not fitting:
+        return ["nothing"]
+    cells = [(str(each.max_batch_size), str(each.max_seq_len)) for each in fitting]
+    widths = [max(map(len, pair)) for pair in cells]
+    return [
+        f"{label}  " + "  ".join(f"{pair[i]:>{width}}" for pair, width in zip(cells, widths, strict=True))
+        for i, label in enumerate(("max_batch_size", "max_seq_len   "))
+    ]
+
+
+def _as_json(subject: Subject, plan: Plan, budget: Budget, fitting: Sequence[Shape]) -> str:
+    return json.dumps(
+        {
+            "model": subject.name,
+            "executor": "cpu",
+            "compute": subject.footprint.compute,
+            "kv_cache": subject.footprint.kv_cache,
+            "shape": asdict(plan.shape),
+            "lines": [asdict(line) for line in plan.lines],
+            "total": plan.total,
+            "at_ready": plan.at_ready,
+            "budget": asdict(budget),
+            "headroom": plan.headroom,
+            "fits": [asdict(shape) for shape in fitting],
+            "rebuild": list(subject.rebuild),
+        },
+        ensure_ascii=False,
+        indent=2,
+    )
