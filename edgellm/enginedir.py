@@ -158,11 +158,19 @@ def open_engine(path: Path) -> EngineDir:
     Raises:
         EngineError: it is no engine, or of another format version, or a file disagrees; the message names it.
     """
-    if not path.is_dir():
+    try:
+        is_file, is_directory, is_sealed = path.is_file(), path.is_dir(), (path / CONFIG).is_file()
+    except OSError as error:
+        raise EngineError(f"cannot read {path}: {error.strerror}") from error
+    if is_file:
+        raise EngineError(
+            f"{path} is a file; `edgellm build {path} -o ENGINE` makes an engine directory of a checkpoint"
+        )
+    if not is_directory:
         raise EngineError(
             f"there is no engine directory {path}; `edgellm build CHECKPOINT -o {path}` makes one"
         )
-    if not (path / CONFIG).is_file():
+    if not is_sealed:
         raise EngineError(f"{path} is not an engine directory: it has no {CONFIG}")
     raw = _read(path / CONFIG)
     version = _format_version(raw)

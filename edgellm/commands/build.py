@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     size = sum(record.bytes for record in config.edgellm.files.values())
     print(
         f"{args.output}: {config.edgellm.model_name}, {size / 1e6:.1f} MB, "
-        f"{build.max_batch_size} slots of {build.max_seq_len} tokens, steps of {build.max_num_tokens}, "
+        f"{build.slots}, steps of {build.max_num_tokens}, "
         f"{args.executor} {args.compute}, built in {time.monotonic() - started:.1f} s"
     )
     return 0
