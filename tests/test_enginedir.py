@@ -112,7 +112,7 @@ def test_what_is_no_engine_directory_is_told_apart(tmp_path: Path) -> None:
         open_engine(tmp_path / "m.gguf")
     with pytest.raises(EngineError, match="there is no engine directory"):
         open_engine(tmp_path / "nowhere")
-    with pytest.raises(EngineError, match="cannot read .*File name too long"):
+    with pytest.raises(EngineError, match=r"cannot read .*File name too long"):
         open_engine(tmp_path / ("x" * 300))
 
 

@@ -81,8 +81,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: there is none, it is damaged, or of an unsupported format or architecture.
     """
-    if path.is_dir():
-        ggufs = sorted(path.glob("*.gguf"))
+    try:
+        ggufs = sorted(path.glob("*.gguf")) if path.is_dir() else None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if ggufs is not None:
         if len(ggufs) != 1:
             raise CheckpointError(
                 f"{path} is a directory with {len(ggufs) or 'no'} GGUF files; name the .gguf file to build"

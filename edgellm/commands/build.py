@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from edgellm.checkpoint import open_checkpoint
     from edgellm.commands.progress import progress_bar
+    from edgellm.engine_draft import remove_abandoned_drafts
     from edgellm.enginedir import new_engine, seal
 
     started = time.monotonic()
@@ -86,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
         max_num_tokens=args.max_num_tokens,
     )
     config = _engine_config(args, checkpoint, build)
+    for draft in remove_abandoned_drafts(args.output.resolve()):
+        print(f"removed {draft}, left by a build that was killed", file=sys.stderr)
     with _sigterm_raises(), progress_bar() as progress, new_engine(args.output) as draft:
         _write_text(checkpoint, draft)
         _write_network(args, checkpoint, draft, build, progress)
