@@ -102,7 +102,7 @@ def _memory_config(args: argparse.Namespace) -> MemoryConfig:
     try:
         return MemoryConfig(budget=args.budget, reserve=args.reserve)
     except ValueError as error:
-        raise UsageError(f"--budget or --reserve: {error}") from None
+        raise UsageError(f"--{error}") from None
 
 
 def _subject(args: argparse.Namespace) -> Subject:
