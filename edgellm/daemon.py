@@ -29,7 +29,7 @@ from edgellm.executor.base import Executor, ExecutorInfo
 from edgellm.executor.factory import make_executor
 from edgellm.journal import set_level
 from edgellm.memory.promise import MemoryPromise
-from edgellm.memory.resident import give_back_freed
+from edgellm.memory.resident import give_back_freed, keep_freed_small
 from edgellm.reload import reloaded
 from edgellm.scheduler.scheduler import Scheduler
 from edgellm.server import Server
@@ -89,6 +89,7 @@ class Daemon:
             OperatorError: whatever kept the daemon from starting, or ended it.
         """
         sys.setswitchinterval(SWITCH_INTERVAL_S)
+        keep_freed_small()
         self._install_signals()
         self._phases["process"] = time.time() - psutil.Process().create_time()
         try:

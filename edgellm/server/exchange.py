@@ -162,7 +162,9 @@ class Exchange:
     def _handle(self, connection: Connection, incoming: Incoming) -> Reply | None:
         """Answer a message, or open a request and answer later."""
         if incoming.problem is not None:
-            raise incoming.problem
+            # Not raised: its traceback would lead back to the message, and both would stay until the
+            # collector comes, megabytes each.
+            return self._refusal(incoming, incoming.problem)
         request: Request = decode_request(incoming.payload)
         match request:
             case Chat() | Generate():
