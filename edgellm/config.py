@@ -29,8 +29,10 @@ else:
     import tomli as tomllib
 
 ENVIRONMENT_PREFIX = "EDGELLM_"
-NOT_CONFIGURATION = frozenset({"EDGELLM_CACHE", "EDGELLM_ENDPOINT"})
-"""Variables of that prefix that are no configuration keys: the model cache, and a client's endpoint."""
+NOT_CONFIGURATION = frozenset(
+    {"EDGELLM_CACHE", "EDGELLM_ENDPOINT", "EDGELLM_CURVE_SECRET_KEY", "EDGELLM_CURVE_SERVER_KEY"}
+)
+"""Variables of that prefix that are no configuration keys: the model cache, a client's endpoint and keys."""
 
 
 class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
