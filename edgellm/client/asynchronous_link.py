@@ -9,7 +9,7 @@ from typing import Any
 import zmq
 import zmq.asyncio
 
-from edgellm.client.link import LINGER_MS, WATCHED, connect, dealer, heard
+from edgellm.client.link import LINGER_MS, WATCHED, connect, dealer, heard, obstacle
 from edgellm.client.session import Reply, Session
 from edgellm.errors import ConnectionLost, EdgellmError, RequestTimeout, Unreachable
 
@@ -46,7 +46,7 @@ class AsyncLink:
         try:
             await asyncio.wait_for(self._greeted.wait(), self._connect_timeout)
         except asyncio.TimeoutError:
-            raise Unreachable(f"nothing serves at {self.endpoint}") from None
+            raise Unreachable(obstacle(self.endpoint)) from None
         id_, payload = self._session.open(fields)
         self._news[id_] = asyncio.Event()
         try:

@@ -11,7 +11,7 @@ from typing import Any
 import zmq
 
 from edgellm.client.session import Reply, Session
-from edgellm.endpoint import default_endpoint
+from edgellm.endpoint import barrier, client_endpoints, is_absent
 from edgellm.errors import ConnectionLost, EdgellmError, RequestTimeout, Unreachable
 
 LINGER_MS = 200
@@ -59,7 +59,7 @@ class Link:
             self._monitor.poll(max(0, int(1000 * (end - time.monotonic()))))
             self._read()
             if not self._greeted and time.monotonic() >= end:
-                raise Unreachable(f"nothing serves at {self.endpoint}")
+                raise Unreachable(obstacle(self.endpoint))
         if not self._socket.poll(max(0, int(1000 * (end - time.monotonic()))), zmq.POLLOUT):
             raise Unreachable(f"the daemon at {self.endpoint} takes no requests")
         id_, payload = self._session.open(fields)
@@ -120,8 +120,18 @@ class Link:
 def listed(endpoints: str | Sequence[str] | None) -> list[str]:
     """The endpoints to try, in order."""
     if endpoints is None:
-        return [default_endpoint()]
+        return client_endpoints()
     return [endpoints] if isinstance(endpoints, str) else list(endpoints)
+
+
+def obstacle(endpoint: str) -> str:
+    """Why nobody is heard at an endpoint."""
+    return barrier(endpoint) or f"nothing serves at {endpoint}"
+
+
+def worth_trying(endpoints: Sequence[str]) -> list[str]:
+    """Those of several endpoints that lead somewhere. One that does not would cost a whole timeout."""
+    return [each for each in endpoints if barrier(each) is None and not is_absent(each)]
 
 
 def dealer(context: zmq.Context[Any]) -> Any:
