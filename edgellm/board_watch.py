@@ -79,7 +79,8 @@ class BoardWatch:
         """One line for `systemctl status`."""
         decision = self.governor.decision
         stats = self._engine.snapshot()
-        load = f"{stats.running} running, {stats.queued} queued"
+        draining = "draining, " if self._server.draining else ""
+        load = f"{draining}{stats.running} running, {stats.queued} queued"
         if decision is None:
             return load
         why = "" if decision.reason == "none" else f" ({decision.detail})"

@@ -62,6 +62,9 @@ class Daemon:
 
     Args:
         load_config: composes the configuration; called again on SIGHUP.
+
+    Raises:
+        ConfigError: nothing could be served with this configuration, or on this system.
     """
 
     def __init__(self, load_config: Callable[[], Config]) -> None:
@@ -70,7 +73,8 @@ class Daemon:
         set_level(self._config.log.level)
         if self._config.engine.path is None:
             raise ConfigError("engine.path is not set: name the directory that `edgellm build` made")
-        self._path = Path(self._config.engine.path)
+        _require_proc()
+        self._path = Path(self._config.engine.path).absolute()
         self._server = Server(self._config.server)
         self._notifier = Notifier()
         self._engine: Engine | None = None
@@ -230,9 +234,11 @@ class Daemon:
         # The unit's TimeoutStopSec bounds silence, not the drain.
         self._notifier.extend_timeout(timeout + LAST_WORDS_S + self._step_bound())
         self._server.drain()
+        assert self._board is not None
         end = time.monotonic() + timeout
         while self._server.open_requests and time.monotonic() < end and not self._hurry:
             self._check_threads()
+            self._board.tick()
             self._wakeup.wait(0.01)
             self._take_signals()
 
@@ -275,6 +281,16 @@ class Daemon:
             info.max_seq_len,
             self._server.endpoint,
         )
+
+
+def _require_proc() -> None:
+    try:
+        psutil.Process()
+    except psutil.Error:
+        raise ConfigError(
+            f"{psutil.PROCFS_PATH} is not mounted, and memory cannot be watched without: mount -t proc proc"
+            f" {psutil.PROCFS_PATH}"
+        ) from None
 
 
 def _load_text(directory: EngineDir) -> tuple[Tokenizer, ChatTemplate | None]:

@@ -132,7 +132,7 @@ def _bare(args: argparse.Namespace) -> Report:
         "depths": counts("depths"),
         "batches": counts("batches", least=1),
     }
-    engine = open_engine(args.engine)
+    engine = open_engine(args.engine.absolute())
     workloads = compose(engine.build, **asked)
     with progress_bar() as progress:
         verify_engine(engine, progress)

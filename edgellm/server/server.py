@@ -90,6 +90,11 @@ class Server:
         return self._thread.is_alive()
 
     @property
+    def draining(self) -> bool:
+        """Whether new work is refused, for good."""
+        return self._exchange.draining
+
+    @property
     def open_requests(self) -> int:
         """Requests that the engine has not ended yet."""
         return len(self._exchange.open)
