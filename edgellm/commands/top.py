@@ -44,7 +44,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = subparsers.add_parser(
         "top",
         help="watch a running daemon",
-        description="Watch a running daemon: state, load, temperature. q leaves. Not at a terminal: as --once.",
+        description="Watch a running daemon: state, load, temperature. q leaves. Not a terminal: as --once.",
     )
     parser.add_argument(
         "--endpoint",
