@@ -287,8 +287,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=PER, help="after the warm-up (default %(default)s)")
     parser.add_argument("--limit", type=float, default=1.0, metavar="MB", help="of growth (default 1)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("flags", nargs="*", metavar="FLAG", help="of `edgellm serve`, after --")
-    args = parser.parse_args(argv)
+    parser.epilog = "What follows -- goes to `edgellm serve`."
+    # argparse itself would take what follows -- only right behind ENGINE.
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    args = parser.parse_args(arguments[:end])
+    args.flags = arguments[end + 1 :]
     if args.requests < 100:
         parser.error(f"--requests {args.requests}: a slope needs at least 100")
     return args
