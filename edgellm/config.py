@@ -39,10 +39,10 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """The engine: which one, and how much of what it was built for is used.
 
     Attributes:
-        path: engine directory.
+        path: engine directory; in a file a relative one is below that file's directory.
         threads: CPU threads that run the model (the CPU executor's); 0: one for each core available.
         max_batch_size: slots; 0: as built. Each slot holds max_seq_len tokens of KV cache.
-        max_seq_len: tokens a slot holds, prompt and answer together; 0: as built.
+        max_seq_len: tokens a slot holds, prompt and answer together, at least 2; 0: as built.
         max_num_tokens: tokens fed in one step at most; 0: as built.
     """
 
@@ -220,8 +220,11 @@ def _explain(error: str, sources: Mapping[str, _Source]) -> ConfigError:
     section, dot, rest = complaint.path.partition(".")
     if not dot:  # values that do not go together: the sentence names them
         words = set(re.findall(r"\w+", complaint.what))
-        named = [source.name for key, source in sources.items() if key.partition(".")[2] in words]
-        return ConfigError(f"{' and '.join(named) or f'configuration: {section}'}: {complaint.what}")
+        keys = [name for name in SECTIONS[section].__struct_fields__ if name in words]
+        named = [name for name in keys if f"{section}.{name}" in sources]
+        at = " and ".join(sources[f"{section}.{name}"].name for name in named) or f"configuration: {section}"
+        what = complaint.what.removeprefix(f"{named[0]}: ") if len(named) == 1 else complaint.what
+        return ConfigError(f"{at}: {what}")
     name = re.split(r"[.\[]", rest, maxsplit=1)[0]
     key, inside = f"{section}.{name}", rest.removeprefix(name)
     source = sources.get(key, _Source(f"configuration: {key}", text=False))

@@ -49,7 +49,7 @@ def test_other_variables_of_the_prefix_are_left_alone() -> None:
         ("[server]\nsocket_mode = 660\n", ["server.socket_mode: write octal", '"0660"']),
         ("[server]\nrules = [{max_prio = 1}]\n", ["server.rules[0].max_prio", "did you mean max_priority?"]),
         ("[governor]\nshed_below_c = 20\n", ["governor.shed_below_c: ", "20 is not less than 10"]),
-        ("[memory]\nreserve = '4'\n", ["memory.reserve: ", "480MiB"]),
+        ("[memory]\nreserve = '4'\n", ["memory.reserve: '4' is no size", "480MiB"]),
         ("[engine]\nmax_seq_len = 1\n", ["engine.max_seq_len: ", "at least 2"]),
         ("[log]\nlevel = 'loud'\n", ["log.level: 'loud' is not one of debug, error, info, warning"]),
     ],
