@@ -135,7 +135,9 @@ class Daemon:
         """Read the configuration again; what cannot change while running is named and left as it is."""
         self._notifier.reloading()
         try:
-            self._config = reloaded(self._config, self._load_config())
+            config = self._load_config()
+            self._server.reload_clients()
+            self._config = reloaded(self._config, config)
         except OperatorError as error:
             log.error("reload: %s; everything stays as it was", error)  # the daemon must not end of a typo
         else:

@@ -35,7 +35,13 @@ def client_endpoints() -> list[str]:
 
 
 def events_endpoint(endpoint: str) -> str:
-    """Where the daemon at `endpoint` publishes, unless configured otherwise: `.pub` in place of `.sock`."""
+    """Where the daemon at `endpoint` publishes, unless configured otherwise.
+
+    `.pub` in place of `.sock`; for tcp the next port.
+    """
+    host, _, port = endpoint.rpartition(":")
+    if endpoint.startswith("tcp://") and port.isdecimal():
+        return f"{host}:{int(port) + 1}"
     return endpoint.removesuffix(".sock") + ".pub"
 
 
