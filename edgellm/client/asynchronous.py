@@ -26,6 +26,7 @@ from edgellm.client.client import READY_POLL_S, not_ready
 from edgellm.client.link import listed, obstacle, worth_trying
 from edgellm.client.requests import Messages, Options
 from edgellm.client.session import Reply
+from edgellm.curve import CurveKeys
 from edgellm.errors import (
     ClientError,
     EdgellmError,
@@ -53,10 +54,12 @@ class AsyncClient:
         *,
         timeout: float = 120.0,
         connect_timeout: float = 2.0,
+        curve: CurveKeys | None = None,
     ) -> None:
         self.endpoints = listed(endpoints)
         self._timeout = timeout
         self._connect_timeout = connect_timeout
+        self._curve = curve
         self._context = zmq.asyncio.Context()
         self._link: AsyncLink | None = None
         self._choosing = asyncio.Lock()
@@ -148,7 +151,7 @@ class AsyncClient:
         heard = "nothing answered"
         while (left := end - loop.time()) > 0:
             for endpoint in worth_trying(self.endpoints):
-                link = AsyncLink(self._context, endpoint, min(left, 1.0))
+                link = AsyncLink(self._context, endpoint, min(left, 1.0), self._curve)
                 try:
                     health = read(Health, await link.ask({"op": "health"}, min(left, 1.0)))
                 except ClientError:
@@ -210,7 +213,7 @@ class AsyncClient:
 
     async def _choose(self, any_phase: bool) -> AsyncLink:
         if len(self.endpoints) == 1:
-            return AsyncLink(self._context, self.endpoints[0], self._connect_timeout)
+            return AsyncLink(self._context, self.endpoints[0], self._connect_timeout, self._curve)
         loop = asyncio.get_running_loop()
         end = loop.time() + self._connect_timeout
         while not (present := worth_trying(self.endpoints)) and loop.time() < end:
@@ -220,7 +223,7 @@ class AsyncClient:
             if endpoint not in present:
                 heard.append(obstacle(endpoint))
                 continue
-            link = AsyncLink(self._context, endpoint, self._connect_timeout)
+            link = AsyncLink(self._context, endpoint, self._connect_timeout, self._curve)
             try:
                 health = read(Health, await link.ask({"op": "health"}, self._connect_timeout))
             except EdgellmError as error:

@@ -11,13 +11,20 @@ import zmq.asyncio
 
 from edgellm.client.link import LINGER_MS, WATCHED, connect, dealer, heard, obstacle
 from edgellm.client.session import Reply, Session
+from edgellm.curve import CurveKeys
 from edgellm.errors import ConnectionLost, EdgellmError, RequestTimeout, Unreachable
 
 
 class AsyncLink:
     """A DEALER to one endpoint, what is open on it, and the tasks that read it."""
 
-    def __init__(self, context: zmq.asyncio.Context, endpoint: str, connect_timeout: float) -> None:
+    def __init__(
+        self,
+        context: zmq.asyncio.Context,
+        endpoint: str,
+        connect_timeout: float,
+        curve: CurveKeys | None = None,
+    ) -> None:
         self.endpoint = endpoint
         self.gone = False
         self._connect_timeout = connect_timeout
@@ -27,7 +34,7 @@ class AsyncLink:
         self._socket: zmq.asyncio.Socket = dealer(context)
         self._monitor = self._socket.get_monitor_socket(WATCHED)
         self._greeted = asyncio.Event()
-        connect(self._socket, endpoint, self._close_sockets)
+        connect(self._socket, endpoint, self._close_sockets, curve)
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]
 
     async def ask(self, fields: dict[str, Any], timeout: float) -> Reply:

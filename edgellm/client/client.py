@@ -25,8 +25,10 @@ from edgellm.client.answers import (
 from edgellm.client.link import Link, listed, obstacle, worth_trying
 from edgellm.client.requests import Messages, Options
 from edgellm.client.session import Reply
+from edgellm.curve import CurveKeys
 from edgellm.endpoint import barrier
 from edgellm.errors import (
+    BadKeys,
     ClientError,
     EdgellmError,
     Loading,
@@ -52,11 +54,13 @@ class Client:
         endpoints: where to look, in order; by default `edgellm.endpoint.client_endpoints()`.
         timeout: seconds to wait for the next message of an answer: all of it, where it is not streamed.
         connect_timeout: seconds for a daemon to take a request.
+        curve: keys for tcp; by default those that $EDGELLM_CURVE_SECRET_KEY and $EDGELLM_CURVE_SERVER_KEY
+            name.
 
     Raises:
         RequestError: the daemon refused or ended the request; one subclass for each code of the protocol.
-        RequestTimeout, Unreachable, ConnectionLost, ProtocolError: there was no answer. All methods that
-            ask something raise these.
+        RequestTimeout, Unreachable, ConnectionLost, BadKeys, ProtocolError: there was no answer. All
+            methods that ask something raise these.
     """
 
     def __init__(
@@ -65,10 +69,12 @@ class Client:
         *,
         timeout: float = 120.0,
         connect_timeout: float = 2.0,
+        curve: CurveKeys | None = None,
     ) -> None:
         self.endpoints = listed(endpoints)
         self._timeout = timeout
         self._connect_timeout = connect_timeout
+        self._curve = curve
         self._context = zmq.Context()
         self._link: Link | None = None
 
@@ -157,8 +163,12 @@ class Client:
         while (left := end - time.monotonic()) > 0:
             for endpoint in worth_trying(self.endpoints):
                 try:
-                    with contextlib.closing(Link(self._context, endpoint, min(left, 1.0))) as link:
+                    with contextlib.closing(
+                        Link(self._context, endpoint, min(left, 1.0), self._curve)
+                    ) as link:
                         health = read(Health, link.ask({"op": "health"}, min(left, 1.0)))
+                except BadKeys:
+                    raise
                 except ClientError:
                     continue
                 if health.ready:
@@ -207,7 +217,7 @@ class Client:
 
     def _choose(self, any_phase: bool) -> Link:
         if len(self.endpoints) == 1:
-            return Link(self._context, self.endpoints[0], self._connect_timeout)
+            return Link(self._context, self.endpoints[0], self._connect_timeout, self._curve)
         end = time.monotonic() + self._connect_timeout
         while not (present := worth_trying(self.endpoints)) and time.monotonic() < end:
             time.sleep(READY_POLL_S)
@@ -216,7 +226,7 @@ class Client:
             if endpoint not in present:
                 heard.append(obstacle(endpoint))
                 continue
-            link = Link(self._context, endpoint, self._connect_timeout)
+            link = Link(self._context, endpoint, self._connect_timeout, self._curve)
             try:
                 health = read(Health, link.ask({"op": "health"}, self._connect_timeout))
             except EdgellmError as error:

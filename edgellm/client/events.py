@@ -13,6 +13,7 @@ import zmq
 from edgellm.client.answers import StateChange, Statistics, read
 from edgellm.client.link import INTERRUPT_S, connect, listed, worth_trying
 from edgellm.client.session import VERSION
+from edgellm.curve import CurveKeys
 from edgellm.endpoint import barrier, events_endpoint
 from edgellm.errors import ClientError, ProtocolError, RequestTimeout
 
@@ -33,6 +34,7 @@ def subscribe(
     at: str | None = None,
     topics: Sequence[str] = tuple(KINDS),
     silence: float | None = None,
+    curve: CurveKeys | None = None,
 ) -> Events:
     """Listen to a daemon; iterate over what this returns. The daemon need not run yet, and may come and go.
 
@@ -44,14 +46,16 @@ def subscribe(
         at: where it publishes, if `server.events_endpoint` is configured.
         topics: `state`, `stats` or both.
         silence: seconds without an event that end the iteration with RequestTimeout; None: never.
+        curve: keys for tcp, as `Client`'s.
 
     Raises:
         Unreachable: an endpoint that is none.
+        BadKeys: tcp without keys, or with files that hold none.
     """
     places = [at] if at else [events_endpoint(each) for each in listed(endpoint)]
     if len(places) > 1:
         places = worth_trying(places)[:1] or places
-    return Events(places, topics=topics, silence=silence)
+    return Events(places, topics=topics, silence=silence, curve=curve)
 
 
 class Events:
@@ -60,7 +64,14 @@ class Events:
     Whoever reads too slowly misses events: the daemon waits for nobody.
     """
 
-    def __init__(self, endpoints: Sequence[str], *, topics: Sequence[str], silence: float | None) -> None:
+    def __init__(
+        self,
+        endpoints: Sequence[str],
+        *,
+        topics: Sequence[str],
+        silence: float | None,
+        curve: CurveKeys | None = None,
+    ) -> None:
         self.endpoint = ", ".join(endpoints)
         self._endpoints = endpoints
         self._silence = silence
@@ -71,7 +82,7 @@ class Events:
         for topic in topics:
             self._socket.subscribe(topic)
         for endpoint in endpoints:
-            connect(self._socket, endpoint, self.close)
+            connect(self._socket, endpoint, self.close, curve)
 
     def receive(self, timeout: float | None = None) -> Event:
         """Wait for the next event.

@@ -11,8 +11,9 @@ from typing import Any
 import zmq
 
 from edgellm.client.session import Reply, Session
+from edgellm.curve import CurveKeys, secure_client
 from edgellm.endpoint import barrier, client_endpoints, is_absent
-from edgellm.errors import ConnectionLost, EdgellmError, RequestTimeout, Unreachable
+from edgellm.errors import BadKeys, ConnectionLost, EdgellmError, RequestTimeout, Unreachable
 
 LINGER_MS = 200
 """How long closing waits for a last cancel to leave."""
@@ -28,7 +29,11 @@ class Link:
     """A DEALER to one endpoint, and what is open on it."""
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, connect_timeout: float
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        connect_timeout: float,
+        curve: CurveKeys | None = None,
     ) -> None:
         self.endpoint = endpoint
         self._connect_timeout = connect_timeout
@@ -37,7 +42,7 @@ class Link:
         self._gone = False
         self._socket = dealer(context)
         self._monitor = self._socket.get_monitor_socket(WATCHED)
-        connect(self._socket, endpoint, self.close)
+        connect(self._socket, endpoint, self.close, curve)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
@@ -126,6 +131,12 @@ def listed(endpoints: str | Sequence[str] | None) -> list[str]:
 
 def obstacle(endpoint: str) -> str:
     """Why nobody is heard at an endpoint."""
+    if endpoint.startswith(
+        "tcp://"
+    ):  # who lacks a key hears nothing, nor does who has the wrong one of the daemon's
+        return (
+            f"nothing serves at {endpoint}, or the daemon's key is another, or it does not know this client's"
+        )
     return barrier(endpoint) or f"nothing serves at {endpoint}"
 
 
@@ -151,14 +162,21 @@ def heard(event: list[bytes], greeted: bool) -> tuple[bool, bool]:
     return greeted or number == zmq.EVENT_HANDSHAKE_SUCCEEDED, greeted and number == zmq.EVENT_DISCONNECTED
 
 
-def connect(socket: Any, endpoint: str, close: Any) -> None:
-    """Connect, which only a malformed endpoint can fail.
+def connect(socket: Any, endpoint: str, close: Any, curve: CurveKeys | None) -> None:
+    """Connect, which only a malformed endpoint can fail, and over tcp missing keys.
 
     Raises:
         Unreachable: saying how an endpoint is written.
+        BadKeys: saying what is wrong with them.
     """
     try:
+        secure_client(socket, endpoint, curve)
         socket.connect(endpoint)
+    except BadKeys:
+        close()
+        raise
     except zmq.ZMQError as error:
         close()
-        raise Unreachable(f"{endpoint!r} is not an endpoint ({error.strerror}): use ipc://PATH") from None
+        raise Unreachable(
+            f"{endpoint!r} is not an endpoint ({error.strerror}): use ipc://PATH or tcp://HOST:PORT"
+        ) from None

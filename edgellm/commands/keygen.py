@@ -11,7 +11,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = subparsers.add_parser(
         "keygen",
         help="make CURVE keys for tcp",
-        description="Make a pair of CURVE keys, NAME.key (public) and NAME.key_secret. Nothing is overwritten.",
+        description="Make a pair of CURVE keys, NAME.key and NAME.key_secret; nothing is overwritten.",
     )
     parser.add_argument("directory", metavar="DIR", type=Path, help="made if it is missing")
     parser.add_argument("--name", metavar="NAME", required=True, help="whose: how the rules name a client")

@@ -60,7 +60,8 @@ class Server:
         self._clock = clock
         endpoint = config.endpoint or default_endpoint()
         published = config.events_endpoint or events_endpoint(endpoint)
-        tcp = [each for each in (endpoint, published) if each.startswith("tcp:")]
+        named = {"endpoint": endpoint, "events_endpoint": published}
+        tcp = [f"server.{key}: {each}" for key, each in named.items() if each.startswith("tcp:")]
         self._authenticator = Authenticator(config, tcp[0], clock) if tcp else None
         self._router = Router(config, endpoint, self._authenticator)
         self._publisher = Publisher(config, published, self._authenticator)

@@ -52,16 +52,19 @@ class Refusals:
 class Authenticator:
     """The daemon's keys, its clients', and the socket over which libzmq asks; after `bind` the I/O thread's.
 
+    Args:
+        served: the tcp endpoint, after the key of the configuration that it is from.
+
     Raises:
         ConfigError: in the constructor, naming what is missing or which file is bad.
     """
 
     def __init__(
-        self, config: ServerConfig, endpoint: str, clock: Callable[[], float] = time.monotonic
+        self, config: ServerConfig, served: str, clock: Callable[[], float] = time.monotonic
     ) -> None:
         if config.curve_secret_key is None or config.curve_clients is None:
             raise ConfigError(
-                f"{endpoint} can be reached from other machines and is served with CURVE keys only: set"
+                f"{served} can be reached from other machines and is served with CURVE keys only: set"
                 " server.curve_secret_key to the daemon's own NAME.key_secret and server.curve_clients to a"
                 " directory of its clients' NAME.key; `edgellm keygen` makes them"
             )
