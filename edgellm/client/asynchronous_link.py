@@ -9,7 +9,7 @@ from typing import Any
 import zmq
 import zmq.asyncio
 
-from edgellm.client.link import LINGER_MS, WATCHED, connect, dealer, heard, obstacle
+from edgellm.client.link import LINGER_MS, WATCHED, connect, dealer, heard, obstacle, unknown_key
 from edgellm.client.session import Reply, Session
 from edgellm.curve import CurveKeys
 from edgellm.errors import ConnectionLost, EdgellmError, RequestTimeout, Unreachable
@@ -31,6 +31,7 @@ class AsyncLink:
         self._session = Session()
         self._news: dict[int, asyncio.Event] = {}
         self._retired = False
+        self._refused = False
         self._socket: zmq.asyncio.Socket = dealer(context)
         self._monitor = self._socket.get_monitor_socket(WATCHED)
         self._greeted = asyncio.Event()
@@ -54,6 +55,8 @@ class AsyncLink:
             await asyncio.wait_for(self._greeted.wait(), self._connect_timeout)
         except asyncio.TimeoutError:
             raise Unreachable(obstacle(self.endpoint)) from None
+        if self._refused:
+            raise Unreachable(unknown_key(self.endpoint))
         id_, payload = self._session.open(fields)
         self._news[id_] = asyncio.Event()
         try:
@@ -124,6 +127,9 @@ class AsyncLink:
             greeted, gone = heard(await self._monitor.recv_multipart(), self._greeted.is_set())
             if greeted:
                 self._greeted.set()
+        if not self._greeted.is_set():
+            self._refused = self.gone = True
+            self._greeted.set()  # so that nobody waits for it
         # The daemon's last words may have arrived and not been read yet.
         while await self._socket.poll(0):
             await asyncio.sleep(0)

@@ -21,7 +21,7 @@ LINGER_MS = 200
 INTERRUPT_S = 0.25
 """Longest sleep in libzmq: a Ctrl-C that arrives on the way into it is only seen when it returns."""
 
-WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 """What a client wants to be told of its connection."""
 
 
@@ -63,6 +63,8 @@ class Link:
         while not self._greeted:
             self._monitor.poll(max(0, int(1000 * (end - time.monotonic()))))
             self._read()
+            if self._gone:
+                raise Unreachable(unknown_key(self.endpoint))
             if not self._greeted and time.monotonic() >= end:
                 raise Unreachable(obstacle(self.endpoint))
         if not self._socket.poll(max(0, int(1000 * (end - time.monotonic()))), zmq.POLLOUT):
@@ -131,13 +133,14 @@ def listed(endpoints: str | Sequence[str] | None) -> list[str]:
 
 def obstacle(endpoint: str) -> str:
     """Why nobody is heard at an endpoint."""
-    if endpoint.startswith(
-        "tcp://"
-    ):  # who lacks a key hears nothing, nor does who has the wrong one of the daemon's
-        return (
-            f"nothing serves at {endpoint}, or the daemon's key is another, or it does not know this client's"
-        )
+    if endpoint.startswith("tcp://"):  # a daemon with another key cannot be told from silence
+        return f"nothing serves at {endpoint} under the public key that this client has of the daemon"
     return barrier(endpoint) or f"nothing serves at {endpoint}"
+
+
+def unknown_key(endpoint: str) -> str:
+    """What to say when a daemon refuses this client's key."""
+    return f"{endpoint} does not know this client's key: put its NAME.key into server.curve_clients there"
 
 
 def worth_trying(endpoints: Sequence[str]) -> list[str]:
@@ -157,8 +160,13 @@ def dealer(context: zmq.Context[Any]) -> Any:
 
 
 def heard(event: list[bytes], greeted: bool) -> tuple[bool, bool]:
-    """What a monitor's event means: whether the daemon has been met, and whether it is gone again."""
+    """What a monitor's event means: whether the daemon has been met, and whether it is gone again.
+
+    Who is refused for its key has lost it, too: libzmq does not try again.
+    """
     (number,) = struct.unpack_from("=H", event[0])  # zmq_socket_monitor(3)
+    if number == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+        return greeted, True
     return greeted or number == zmq.EVENT_HANDSHAKE_SUCCEEDED, greeted and number == zmq.EVENT_DISCONNECTED
 
 
