@@ -52,13 +52,24 @@ def ask(service: TcpService, keys: CurveKeys, **options: object) -> str:
         return client.generate("hello").text
 
 
-def refused(endpoint: str, keys: CurveKeys) -> None:
+UNKNOWN = "does not know this client's key"
+SILENT = "nothing serves at .* under the public key"
+
+
+def refused(endpoint: str, keys: CurveKeys, words: str = UNKNOWN) -> None:
     """A client with these keys is told that nobody is there for it, by a typed error."""
     with (
         Client(endpoint, connect_timeout=SHORT_S, curve=keys) as client,
-        pytest.raises(Unreachable, match="does not know this client"),
+        pytest.raises(Unreachable, match=words),
     ):
         client.generate("hello")
+
+    async def asynchronous() -> None:
+        async with AsyncClient(endpoint, connect_timeout=SHORT_S, curve=keys) as client:
+            await client.generate("hello")
+
+    with pytest.raises(Unreachable, match=words):
+        asyncio.run(asynchronous())
 
 
 def eventually(condition: Callable[[], bool], timeout: float = 5.0) -> None:
@@ -126,7 +137,7 @@ def test_no_key_never_gets_in(service: TcpService, caplog: pytest.LogCaptureFixt
 
 def test_another_servers_key_never_gets_in(service: TcpService, caplog: pytest.LogCaptureFixture) -> None:
     other, _ = write_new_pair(service.keys, "other-server")
-    refused(service.endpoint, CurveKeys(service.keys / "perception.key_secret", other))
+    refused(service.endpoint, CurveKeys(service.keys / "perception.key_secret", other), SILENT)
     eventually(lambda: "its handshake failed" in caplog.text)
     assert not service.engine.requests
     assert ask(service, service.pair("dashboard")) == "hello"
@@ -175,9 +186,19 @@ def test_refusals_are_counted_and_do_not_fill_the_log(caplog: pytest.LogCaptureF
 
 def test_a_key_is_let_in_once_the_directory_is_read_again(service: TcpService) -> None:
     keys = service.admit("late")
-    refused(service.endpoint, keys)
-    service.server.reload_clients()
-    assert ask(service, keys) == "hello"
+
+    async def asynchronous() -> str:
+        async with AsyncClient(service.endpoint, connect_timeout=5, curve=keys) as other:
+            with pytest.raises(Unreachable, match=UNKNOWN):
+                await other.generate("early")
+            service.server.reload_clients()
+            return (await other.generate("hello")).text
+
+    with Client(service.endpoint, connect_timeout=5, curve=keys) as client:
+        with pytest.raises(Unreachable, match=UNKNOWN):
+            client.generate("early")
+        assert asyncio.run(asynchronous()) == "hello"
+        assert client.generate("hello").text == "hello"  # the same client tries anew
     (service.clients / "late.key").unlink()
     service.server.reload_clients()
     refused(service.endpoint, keys)
@@ -367,7 +388,7 @@ def test_without_the_handler_nobody_gets_in(tmp_path: Path) -> None:
         with zmq.Context() as context:  # without a handler
             router = Router(ServerConfig(), endpoint, service.server._authenticator)
             router.bind(context)
-            refused(endpoint, service.pair("perception"))
+            refused(endpoint, service.pair("perception"), SILENT)
             assert router.receive() is None
             router.close()
 
