@@ -12,7 +12,7 @@ tools/install.sh [OPTION…]: install edgellm as a system service. Run again at 
   --base-python PY    interpreter of the target that the virtual environment is made with (python3; 3.10 or later)
   --python PY         use this interpreter of the target, which has edgellm installed, and make no environment
   --drop-in NAME      switch on systemd/drop-ins/NAME.conf (may be repeated): cpu, gpu-devices, memory, memory-lock,
-                      no-devices
+                      no-devices, tcp
   --no-drop-in NAME   switch it off again (may be repeated)
   --uninstall         take everything away except /etc/edgellm, /var/lib/edgellm and the user
   --purge             with --uninstall: also /etc/edgellm and /var/lib/edgellm

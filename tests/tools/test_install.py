@@ -81,7 +81,6 @@ def test_drop_ins_are_switched_on_and_off(tree: Tree) -> None:
     assert "removed" not in tree.install("--no-drop-in", "cpu")
     tree.install("--no-drop-in", "memory")
     assert not (tree.root / DROP_INS).exists()
-    assert "there is no systemd/drop-ins/tcp.conf" in tree.install("--drop-in", "tcp", code=1)
     assert "there is no systemd/drop-ins/gpu.conf" in tree.install("--no-drop-in", "gpu", code=1)
     assert "which?" in tree.install("--drop-in", "cpu", "--no-drop-in", "cpu", code=1)
 
