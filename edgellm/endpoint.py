@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import grp
 import os
+import stat
 from pathlib import Path
 
 ENVIRONMENT = "EDGELLM_ENDPOINT"
@@ -65,10 +66,14 @@ def barrier(endpoint: str) -> str | None:
             return None  # there is nothing, or not yet
         needed = os.W_OK if place == path else os.X_OK
         if not os.access(place, needed, effective_ids=True):
-            group = _group_name(entry.st_gid)
+            mode, group = stat.S_IMODE(entry.st_mode), _group_name(entry.st_gid)
+            if entry.st_gid and mode >> 3 & needed:  # nobody is to join root's own group
+                return (
+                    f"permission denied: {place} is for group {group} only; join it"
+                    f" (sudo usermod -aG {group} USER) and log in again"
+                )
             return (
-                f"permission denied: {place} is for group {group} only; join it"
-                f" (sudo usermod -aG {group} USER) and log in again"
+                f"permission denied: {place} is closed to uid {os.geteuid()} (group {group}, mode {mode:04o})"
             )
     return None
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_engine import Service, echo
@@ -114,7 +115,7 @@ def test_who_is_not_in_the_group_is_told_so(tmp_path: Path, monkeypatch: pytest.
         (tmp_path / "edgellm.sock").chmod(0o400)
         assert "permission denied" in str(barrier(service.endpoint))
         closed.chmod(0o600)
-        words = f"permission denied: {closed} is for group {group} only"
+        words = rf"permission denied: {closed} is closed to uid {os.geteuid()} \(group {group}, mode 0600\)"
         with Client(endpoint, connect_timeout=0.05) as client:
             with pytest.raises(errors.Unreachable, match=words):
                 client.chat("hi")
@@ -127,4 +128,18 @@ def test_who_is_not_in_the_group_is_told_so(tmp_path: Path, monkeypatch: pytest.
             client.chat("hi")
         with subscribe(endpoint, silence=0.05) as events, pytest.raises(errors.RequestTimeout, match=words):
             next(events)
+        monkeypatch.setattr("edgellm.endpoint._group_name", lambda gid: "edgellm")
+        real = Path.stat
+
+        def of_a_group(path: Path, **options: Any) -> os.stat_result:
+            fields = list(real(path, **options))
+            fields[5] = 990  # st_gid
+            return os.stat_result(fields)
+
+        closed.chmod(0o650)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "stat", of_a_group)
+            told = barrier(endpoint)
+        assert told is not None
+        assert f"{closed} is for group edgellm only; join it (sudo usermod -aG edgellm USER)" in told
         closed.chmod(0o700)
