@@ -17,13 +17,14 @@ import msgpack
 import psutil
 import pytest
 import zmq
+from curve_service import free_ports
 
 from edgellm import Client
 from edgellm.cli import main
-from edgellm.client import Statistics, subscribe
+from edgellm.client import CurveKeys, Statistics, subscribe
 from edgellm.config import Config, EngineConfig
 from edgellm.daemon import Daemon
-from edgellm.errors import ConfigError, RequestError
+from edgellm.errors import ConfigError, RequestError, Unreachable
 
 pytestmark = pytest.mark.model
 
@@ -240,3 +241,34 @@ def test_without_proc_the_daemon_says_what_to_mount(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
     with pytest.raises(ConfigError, match=f"{tmp_path} is not mounted"):
         Daemon(lambda: Config(engine=EngineConfig(path="engine")))
+
+
+def test_over_tcp_clients_with_a_key_are_answered_and_sighup_lets_in_more(
+    smollm2_engine: Path, tmp_path: Path
+) -> None:
+    for directory, name in (("own", "server"), ("clients", "one"), ("later", "two")):
+        assert main(["keygen", str(tmp_path / directory), "--name", name]) == 0
+    endpoint = f"tcp://127.0.0.1:{free_ports()}"
+    settings = (
+        f"server.curve_secret_key={tmp_path}/own/server.key_secret",
+        f"server.curve_clients={tmp_path}/clients",
+    )
+    flags = [part for setting in settings for part in ("--set", setting)]
+    server_key = tmp_path / "own" / "server.key"
+    with (
+        daemon(smollm2_engine, endpoint, *flags) as process,
+        Client(endpoint, curve=CurveKeys(tmp_path / "clients" / "one.key_secret", server_key)) as one,
+        Client(endpoint, curve=CurveKeys(tmp_path / "later" / "two.key_secret", server_key)) as two,
+    ):
+        one.wait_ready(READY_S)
+        assert "Paris" in one.chat(QUESTION, temperature=0, max_tokens=24).text
+        with pytest.raises(Unreachable, match="does not know this client's key"):
+            two.status()
+        shutil.copy(tmp_path / "later" / "two.key", tmp_path / "clients")
+        process.send_signal(signal.SIGHUP)
+        two.wait_ready(READY_S)
+        assert two.status().status == "ready"
+        code, log = stop(process)
+    assert code == 0
+    assert "1 refused so far" in log
+    assert "Traceback" not in log

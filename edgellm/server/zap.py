@@ -70,6 +70,7 @@ class Authenticator:
             )
         self.refusals = Refusals(clock)
         self._directory = Path(config.curve_clients)
+        self._rules = config.rules
         self._pair = _read_pair(Path(config.curve_secret_key))
         self._clients: Mapping[bytes, str] = self.read_clients()
         self.socket: zmq.Socket[bytes] | None = None
@@ -81,9 +82,13 @@ class Authenticator:
             ConfigError: the directory, or a file in it, is bad.
         """
         try:
-            return read_directory(self._directory)
+            clients = read_directory(self._directory)
         except BadKeys as error:
             raise ConfigError(f"server.curve_clients: {error}") from None
+        for index, rule in enumerate(self._rules):
+            if rule.key is not None and rule.key not in clients.values():
+                log.warning("server.rules[%d]: there is no %s.key in %s", index, rule.key, self._directory)
+        return clients
 
     def allow(self, clients: Mapping[bytes, str]) -> None:
         """From now on these may connect. Who is connected stays."""

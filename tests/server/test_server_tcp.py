@@ -35,6 +35,7 @@ from edgellm.errors import (
 from edgellm.scheduler.request import Priority
 from edgellm.server import Server
 from edgellm.server.router import Router
+from edgellm.server.tcp_address import TcpAddress
 from edgellm.server.zap import DOMAIN, Refusals, judge
 from edgellm.server_config import AccessRule, ServerConfig
 
@@ -239,6 +240,13 @@ def test_rules_by_key(tmp_path: Path) -> None:
         assert governor.released == ["key perception"]
 
 
+def test_a_rule_for_a_key_that_is_not_there_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = ServerConfig(rules=[AccessRule(key="app"), AccessRule(uid=1), AccessRule(key="typo")])
+    with TcpService(tmp_path, "app", config=config):
+        told = [record.getMessage() for record in caplog.records if "server.rules" in record.getMessage()]
+    assert told == [f"server.rules[2]: there is no typo.key in {tmp_path}/clients"]
+
+
 def test_a_rule_by_key_fits_nobody_over_ipc(tmp_path: Path) -> None:
     config = ServerConfig(rules=[AccessRule(key="perception", max_requests=0)])
     with Service(tmp_path, config) as service, Peer(service.endpoint) as peer:
@@ -355,6 +363,14 @@ def test_an_address_that_is_not_there_yet_is_tried_again(tmp_path: Path) -> None
     server = Server(_config(tmp_path, "tcp://192.0.2.1:5570"))  # RFC 5737: nobody has it
     with pytest.raises(TemporaryShortage, match=r"server\.endpoint: .*192\.0\.2\.1.*no interface has"):
         server.bind()
+
+
+@pytest.mark.parametrize(("host", "ipv6"), [("[fd00::10]", 1), ("192.168.1.10", 0), ("*", 0)])
+def test_ipv6_is_asked_for_where_it_is_needed(host: str, ipv6: int) -> None:
+    """Not by binding: a container may have no such address."""
+    with zmq.Context() as context, contextlib.closing(context.socket(zmq.ROUTER)) as router:
+        TcpAddress(f"tcp://{host}:5570", "server.endpoint").prepare(router)
+        assert router.getsockopt(zmq.IPV6) == ipv6
 
 
 def test_a_port_that_is_taken_is_named(tmp_path: Path, service: TcpService) -> None:
