@@ -53,7 +53,7 @@ def test_the_resident_set_is_read() -> None:
     before = resident_size()
     block = bytearray(64 << 20)
     block[::4096] = b"x" * len(block[::4096])
-    assert resident_size() - before > 60 << 20
+    assert resident_size() - before > 32 << 20
     del block
     give_back_freed()
     assert resident_size() - before < 10 << 20
