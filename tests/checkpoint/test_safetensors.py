@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors
 import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,8 +70,7 @@ def test_what_the_package_writes_is_read(
 def test_bfloat16_comes_as_its_bits(tmp_path: Path) -> None:
     # The upper halves of float32's 1.5 and -3.0.
     bits = np.array([[0x3FC0, 0xC040]], "<u2")
-    tensor: Any = {"dtype": "bfloat16", "shape": [1, 2], "data": bits.tobytes()}
-    (tmp_path / SINGLE).write_bytes(safetensors.serialize({"w": tensor}))
+    raw_file(tmp_path / SINGLE, {"w": entry("BF16", [1, 2], 0, 4)}, bits.tobytes())
     assert (SafetensorsFile(tmp_path / SINGLE).read("w") == bits).all()
 
 
