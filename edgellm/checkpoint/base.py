@@ -81,15 +81,25 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: there is none, it is damaged, or of an unsupported format or architecture.
     """
+    # Imported here, so that a family of formats is paid for only by those who open it.
+    if path.is_dir() and (path / "config.json").exists():
+        from edgellm.checkpoint.huggingface import HuggingFaceCheckpoint
+
+        return HuggingFaceCheckpoint(path)
+
+    from edgellm.checkpoint.gguf_model import GgufCheckpoint
+    from edgellm.checkpoint.safetensors import refuse_pickles
+
     if path.is_dir():
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) != 1:
+            refuse_pickles(path.iterdir())
             raise CheckpointError(
-                f"{path} is a directory with {len(ggufs) or 'no'} GGUF files; name the .gguf file to build"
+                f"{path} is a directory with {len(ggufs) or 'no'} GGUF files and no config.json; "
+                "name the .gguf file to build, or a model directory"
             )
         path = ggufs[0]
-
-    # Imported here, so that a family of formats is paid for only by those who open it.
-    from edgellm.checkpoint.gguf_model import GgufCheckpoint
-
+    refuse_pickles([path])
+    if path.suffix == ".safetensors":
+        raise CheckpointError(f"{path} holds tensors alone; name its directory, which has the config.json")
     return GgufCheckpoint(path)

@@ -262,6 +262,15 @@ def read_json(path: Path, most: int) -> dict[str, Any]:
     Raises:
         CheckpointError: the file cannot be read, is too large, or is no JSON object.
     """
+    return parse_json(read_bytes(path, most), str(path))
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """A file of at most so many bytes.
+
+    Raises:
+        CheckpointError: it cannot be read, or is larger.
+    """
     try:
         with path.open("rb") as file:
             raw = file.read(most + 1)
@@ -269,7 +278,7 @@ def read_json(path: Path, most: int) -> dict[str, Any]:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     if len(raw) > most:
         raise CheckpointError(f"{path} has more than {most} bytes")
-    return parse_json(raw, str(path))
+    return raw
 
 
 def parse_json(raw: bytes, what: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from edgellm.errors import BuildError
 from edgellm.model.spec import ModelSpec
 from edgellm.model.weights import Dense, Weight
 
-ARCHITECTURES = ("LlamaForCausalLM",)
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 """What `build_decoder` knows, by Hugging Face's class names."""
 
 V = TypeVar("V")
