@@ -7,10 +7,13 @@ have other tensors in place of `.weight`; `quantization_config` in config.json s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from edgellm.checkpoint.awq import Awq
+from edgellm.checkpoint.compressed_tensors import CompressedTensors
+from edgellm.checkpoint.gptq import Gptq
 from edgellm.checkpoint.huggingface_config import CONFIG, ConfigFile, Family, family_of, read_spec
 from edgellm.checkpoint.huggingface_text import TextFiles
 from edgellm.checkpoint.packed import Packing, dense, floats
@@ -23,6 +26,12 @@ from edgellm.model.weights import Grouped, Weight
 _TOP: Final = frozenset({"embed_tokens", "norm", "lm_head"})
 _UNUSED: Final = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias")
 """Buffers that old transformers saved."""
+_METHODS: Final[dict[str, Callable[[ConfigFile], Packing]]] = {
+    "awq": Awq.from_config,
+    "gptq": Gptq.from_config,
+    "compressed-tensors": CompressedTensors.from_config,
+}
+"""`quant_method` → the layout that a quantization_config describes."""
 
 
 class HuggingFaceCheckpoint:
@@ -136,10 +145,12 @@ def _packing(config: ConfigFile) -> Packing | None:
     quantization = config.section("quantization_config")
     if quantization is None:
         return None
-    raise CheckpointError(
-        f"{quantization.where} has quant_method {quantization.string('quant_method')}, "
-        "which edgellm does not read"
-    )
+    method = quantization.string("quant_method")
+    if method not in _METHODS:
+        raise CheckpointError(
+            f"{quantization.where} has quant_method {method}; edgellm reads {', '.join(_METHODS)}"
+        )
+    return _METHODS[method](quantization)
 
 
 def _kind(weight: Weight) -> tuple[int, int, bool]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from edgellm.checkpoint.safetensors import SafetensorsModel
 from edgellm.errors import CheckpointError
-from edgellm.model.weights import Dense, Float, Grouped
+from edgellm.model.weights import Dense, Float, Grouped, Groups
 
 FLOATS: Final = ("F16", "BF16", "F32")
 _DENSE: Final = {"F16": "f16", "BF16": "bf16", "F32": "f32"}
@@ -105,6 +105,18 @@ def unpack(packed: NDArray[np.int32], bits: int) -> Bytes:
     np.bitwise_and(raw, 0x0F, out=numbers[..., 0])
     np.right_shift(raw, 4, out=numbers[..., 1])
     return numbers.reshape(len(raw), -1)
+
+
+def canonical(q: Bytes, scale: Float, zero: NDArray[np.int16], bits: int, *, symmetric: bool) -> Groups:
+    """The arrays of unsigned numbers with zero points; 8 bits become signed, as `Groups` has them.
+
+    Args:
+        symmetric: every zero point is the middle of the range.
+    """
+    if bits == 4:
+        return Groups(q, scale, zero=zero)
+    signed = (q ^ np.uint8(0x80)).view(np.int8)
+    return Groups(signed, scale, zero=None if symmetric else zero - np.int16(128))
 
 
 def check_group(where: str, group: int, columns: int) -> int:

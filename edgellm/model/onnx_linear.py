@@ -5,10 +5,12 @@ integer ones would round the offset. So an offset goes another way. With c = 8 f
     x · (s·q + o) = x · s·(q − c) + Σ_group(x) · (o + c·s)
 where the sums of x over each group are shared by all linears that read x, and the second product is smaller
 than the first by the size of a group. Where o + c·s is 0 throughout (Q4_0, Q8_0) there is no second product.
+Where groups are of scattered columns, those of x are gathered in the same order first.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -55,6 +57,7 @@ class Linears:
         self._file = file
         self._compute = compute
         self._group_sums: dict[tuple[str, int], str] = {}
+        self._gathered: dict[tuple[str, bytes], str] = {}
         self._embedding: Weight | None = None
 
     def embed(self, ids: str, weight: Weight, name: str) -> Value:
@@ -108,11 +111,11 @@ class Linears:
             )
         return Value(name, x.rank, sum(weight.shape[0] for weight in weights))
 
-    def _layout(self, weight: Weight) -> tuple[int, int] | None:
-        """What the parts of one product have in common: bits and group; None is dense."""
+    def _layout(self, weight: Weight) -> tuple[int, int, bytes] | None:
+        """What the parts of one product have in common: bits, group, order of columns; None is dense."""
         if isinstance(weight, Dense) or self._compute == "fp32":
             return None
-        return weight.bits, weight.group
+        return weight.bits, weight.group, b"" if weight.perm is None else weight.perm.tobytes()
 
     def _multiply(self, x: Value, weights: Sequence[Weight], name: str, output: str) -> None:
         """output = x · [weights]ᵀ, for weights of one layout."""
@@ -123,7 +126,9 @@ class Linears:
                 "FusedMatMul", [x.name, self._dense(weights, base)], [output], domain=CONTRIB, transB=1
             )
             return
-        bits, group = layout
+        bits, group, order = layout
+        if order:
+            x = self._gather(x, order)
         grouped = self._grouped([weight for weight in weights if isinstance(weight, Grouped)], base)
         main = output if grouped.rest is None else f"{output}.main"
         self._file.node(
@@ -141,6 +146,17 @@ class Linears:
             inputs = [self._sums(x, group), grouped.rest]
             self._file.node("FusedMatMul", inputs, [f"{output}.offsets"], domain=CONTRIB, transB=1)
             self._file.node("Add", [main, f"{output}.offsets"], [output])
+
+    def _gather(self, x: Value, order: bytes) -> Value:
+        """The columns of x in another order (int32), once for all that read them so."""
+        key = (x.name, order)
+        if key not in self._gathered:
+            columns = self._file.constant(
+                f"columns.{hashlib.sha256(order).hexdigest()[:16]}", np.frombuffer(order, np.int32)
+            )
+            self._gathered[key] = f"{x.name}.gathered.{len(self._gathered)}"
+            self._file.node("Gather", [x.name, columns], [self._gathered[key]], axis=-1)
+        return Value(self._gathered[key], x.rank, x.width)
 
     def _sums(self, x: Value, group: int) -> str:
         """Σ_group(x): [..., width] → [..., width / group], once for all that read x."""
@@ -208,7 +224,11 @@ class _GroupedNames:
 def _rest(groups: Groups) -> Float:
     """o + c·s: what is left of a group's offset when its numbers are centred."""
     centre = 8 if groups.q.dtype == np.uint8 else 0
-    rest: Float = groups.offsets() + centre * groups.scale
+    rest: Float
+    if groups.zero is not None:
+        rest = (centre - groups.zero.astype(np.float32)) * groups.scale
+    else:
+        rest = groups.offsets() + centre * groups.scale
     return rest
 
 
