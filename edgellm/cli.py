@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from edgellm import __version__
 from edgellm.errors import OperatorError, RequestError
 
-COMMANDS = ("serve", "chat", "top", "build", "plan", "fetch", "bench", "doctor")
+COMMANDS = ("serve", "chat", "top", "build", "inspect", "plan", "fetch", "bench", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -26,6 +26,7 @@ class Checkpoint(Protocol):
         spec: the architecture's numbers.
         name: what to call the model.
         quantization: how most of the linear layers are stored.
+        stored_bytes: of all tensors on disk.
         chat_template: jinja source, or None.
         bos_id: the token that opens a text, or None.
         add_bos: whether a text starts with bos_id when no chat template writes it.
@@ -41,6 +42,8 @@ class Checkpoint(Protocol):
     def name(self) -> str: ...
     @property
     def quantization(self) -> Quantization: ...
+    @property
+    def stored_bytes(self) -> int: ...
     @property
     def chat_template(self) -> str | None: ...
     @property

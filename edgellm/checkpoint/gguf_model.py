@@ -114,6 +114,11 @@ class GgufCheckpoint:
             exclude_modules=tuple(name for name, kind in kinds.items() if kind != main),
         )
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors in the file."""
+        return sum(info.size for info in self.file.tensors.values())
+
     def has(self, name: str) -> bool:
         """Whether there is a tensor of this canonical name."""
         return self._names.get(name) in self.file.tensors

@@ -80,6 +80,11 @@ class HuggingFaceCheckpoint:
             exclude_modules=tuple(name for name, kind in kinds.items() if kind != main),
         )
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors in the files."""
+        return sum(info.size for info in self.model.tensors.values())
+
     def has(self, name: str) -> bool:
         """Whether there is a tensor of this canonical name."""
         return name in self._shapes

@@ -24,7 +24,7 @@ DEFAULT_NUM_TOKENS = 256
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command to the command line."""
     parser = subparsers.add_parser("build", help="make an engine directory of a checkpoint")
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="GGUF file")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="GGUF file or model directory")
     parser.add_argument(
         "-o", "--output", type=Path, metavar="ENGINE", required=True, help="directory to make"
     )
@@ -61,7 +61,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--executor", choices=("cpu",), default="cpu", help="what is to run it")
     parser.add_argument(
-        "--model-name", metavar="NAME", help="what to call the model (default: the file's name)"
+        "--model-name",
+        metavar="NAME",
+        help="what to call the model (default: the file's or directory's name)",
     )
     parser.set_defaults(run=run)
 

@@ -200,7 +200,7 @@ class Linears:
         weight_name, scale_name, rest_name = (f"{base}.{part}" for part in ("weight", "scale", "rest"))
         if not self._file.has(weight_name):
             group = weights[0].group
-            if group < MIN_GROUP or group & (group - 1):
+            if not has_kernel(group):
                 raise BuildError(
                     f"{weights[0].name} has groups of {group}; "
                     f"the CPU executor needs a power of two from {MIN_GROUP} up"
@@ -219,6 +219,11 @@ class _GroupedNames:
     weight: str
     scale: str
     rest: str | None
+
+
+def has_kernel(group: int) -> bool:
+    """Whether ONNX Runtime multiplies by weights in groups of this size."""
+    return group >= MIN_GROUP and not group & (group - 1)
 
 
 def _rest(groups: Groups) -> Float:
