@@ -139,7 +139,7 @@ def _checkpoint(path: Path) -> Report:
         stored_bytes=checkpoint.stored_bytes,
         bits_per_weight=_bits(checkpoint.stored_bytes, parameters),
         quantization=checkpoint.quantization.quant_algo,
-        storage=_storage(weights),
+        storage=_storage(weights, checkpoint.spec),
         kv_bytes_per_token=_kv_bytes(checkpoint.spec),
         context=checkpoint.spec.max_position_embeddings,
         tokens=tokens,
@@ -166,7 +166,7 @@ def _engine(path: Path) -> Report:
         stored_bytes=stored,
         bits_per_weight=_bits(stored, parameters),
         quantization=config.pretrained_config.quantization.quant_algo,
-        storage=_storage(weights),
+        storage=_storage(weights, spec),
         kv_bytes_per_token={engine.kv_cache: _kv_bytes(spec)[engine.kv_cache]},
         context=spec.max_position_embeddings,
         tokens=engine.tokenizer().vocab_size,
@@ -195,17 +195,21 @@ def _compile_template(checkpoint: Checkpoint) -> None:
 
 
 def _parameters(weights: Sequence[Matrices], spec: ModelSpec) -> int:
-    once = [each for each in weights if not (each.role == "head" and spec.tie_word_embeddings)]
-    return sum(each.elements for each in once)
+    return sum(each.elements for each in _once(weights, spec))
 
 
 def _bits(stored: int, parameters: int | None) -> float | None:
     return None if parameters is None else round(8 * stored / parameters, 3)
 
 
-def _storage(weights: Sequence[Matrices]) -> tuple[Storage, ...]:
+def _once(weights: Sequence[Matrices], spec: ModelSpec) -> list[Matrices]:
+    """The inventory without a head that is the embedding."""
+    return [each for each in weights if not (each.role == "head" and spec.tie_word_embeddings)]
+
+
+def _storage(weights: Sequence[Matrices], spec: ModelSpec) -> tuple[Storage, ...]:
     sums: dict[tuple[int, int, bool], int] = {}
-    for each in weights:
+    for each in _once(weights, spec):
         if each.role != "vector":
             how = each.bits, each.group, each.offsets
             sums[how] = sums.get(how, 0) + each.elements

@@ -55,8 +55,7 @@ def test_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         "quantization": "W4A16_AWQ",
         "storage": [
             {"weights": LINEARS, "bits": 4, "group": 64, "offsets": True},
-            # The head, which is the embedding once more.
-            {"weights": 2 * EMBEDDING, "bits": 16, "group": 0, "offsets": False},
+            {"weights": EMBEDDING, "bits": 16, "group": 0, "offsets": False},
         ],
         "kv_bytes_per_token": {"fp16": 2 * 2 * 64 * 2, "fp32": 2 * 2 * 64 * 4},
         "context": 4096,
