@@ -15,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm.checkpoint.huggingface_config import ConfigFile
-from edgellm.checkpoint.packed import FLOATS, Bytes, check_group, floats, require, words
+from edgellm.checkpoint.packed import FLOATS, Bytes, check_group, floats, require, transposed, words
 from edgellm.checkpoint.safetensors import SafetensorsModel
 from edgellm.errors import CheckpointError
 from edgellm.model.weights import Grouped, Groups
 
 ORDER: Final = (0, 2, 4, 6, 1, 3, 5, 7)
 """Bits 4i … 4i + 3 of a word are of column 8c + ORDER[i]."""
+_ROWS: Final = 8
 _KNOWN: Final = frozenset(
     {"quant_method", "bits", "w_bit", "group_size", "q_group_size", "version", "zero_point"}
     | {
@@ -89,10 +90,13 @@ class Awq:
 def _unpack(packed: NDArray[np.int32]) -> Bytes:
     """uint8 [N, R] from int32 [R, N / 8]."""
     # Words first, so that what is transposed is an eighth as many elements.
-    columns = np.ascontiguousarray(packed.T)
-    pairs = columns.view(np.uint8).reshape(*columns.shape, 4)
+    columns = transposed(packed)
     numbers = np.empty((len(columns), 8, columns.shape[1]), np.uint8)
-    for i, column in enumerate(ORDER):
-        byte = pairs[..., i // 2]
-        numbers[:, column] = byte >> 4 if i % 2 else byte & 0x0F
+    for begin in range(0, len(columns), _ROWS):
+        some = columns[begin : begin + _ROWS]
+        in_bytes = some.view(np.uint8).reshape(*some.shape, 4)
+        for byte in range(4):
+            pair = np.ascontiguousarray(in_bytes[..., byte])
+            numbers[begin : begin + _ROWS, ORDER[2 * byte]] = pair & 0x0F
+            numbers[begin : begin + _ROWS, ORDER[2 * byte + 1]] = pair >> 4
     return numbers.reshape(-1, columns.shape[1])

@@ -151,7 +151,7 @@ class CompressedTensors:
                 packed = words(model, f"{layer}.weight_zero_point")
                 zero = unpack(packed.T, self.bits).T[:n].astype(np.int16)
             if order is not None:
-                q = q[:, order]
+                q = np.take(q, order, axis=1)
             return canonical(q, scale, zero, self.bits, symmetric=self.symmetric)
 
         return Grouped(

@@ -24,6 +24,7 @@ from edgellm.checkpoint.packed import (
     floats,
     order_of_groups,
     require,
+    transposed,
     unpack,
     words,
 )
@@ -110,7 +111,7 @@ class Gptq:
             order = order_of_groups(model, f"{layer}.g_idx", group)
 
         def read() -> Groups:
-            q = unpack(words(model, f"{layer}.qweight").T, self.bits)
+            q = unpack(transposed(words(model, f"{layer}.qweight")), self.bits)
             scale = np.ascontiguousarray(floats(model, f"{layer}.scales").T)
             zero = unpack(words(model, f"{layer}.qzeros"), self.bits).T.astype(np.int16) + np.int16(
                 self.first
@@ -122,7 +123,11 @@ class Gptq:
                     "but config.json's quantization_config says sym"
                 )
             return canonical(
-                q if order is None else q[:, order], scale, zero, self.bits, symmetric=self.symmetric
+                q if order is None else np.take(q, order, axis=1),
+                scale,
+                zero,
+                self.bits,
+                symmetric=self.symmetric,
             )
 
         return Grouped(

@@ -15,6 +15,9 @@ from edgellm.model.weights import Dense, Float, Grouped, Groups
 FLOATS: Final = ("F16", "BF16", "F32")
 _DENSE: Final = {"F16": "f16", "BF16": "bf16", "F32": "f32"}
 
+_ROWS: Final = 16
+_STRIP: Final = 64
+
 Bytes = NDArray[np.uint8]
 
 
@@ -101,10 +104,22 @@ def unpack(packed: NDArray[np.int32], bits: int) -> Bytes:
     raw = np.ascontiguousarray(packed).view(np.uint8)
     if bits == 8:
         return raw
-    numbers = np.empty((*raw.shape, 2), np.uint8)
-    np.bitwise_and(raw, 0x0F, out=numbers[..., 0])
-    np.right_shift(raw, 4, out=numbers[..., 1])
-    return numbers.reshape(len(raw), -1)
+    # A packed byte is hi << 4 | lo; the little-endian word hi << 8 | lo is its two numbers side by side.
+    pairs = np.empty(raw.shape, "<u2")
+    for begin in range(0, len(raw), _ROWS):
+        some = pairs[begin : begin + _ROWS]
+        some[...] = raw[begin : begin + _ROWS]
+        some |= some << 4
+        some &= 0x0F0F
+    return pairs.view(np.uint8)
+
+
+def transposed(packed: NDArray[np.int32]) -> NDArray[np.int32]:
+    """A contiguous transpose, in strips that stay in the processor's cache: much faster than numpy's."""
+    turned = np.empty(packed.shape[::-1], packed.dtype)
+    for begin in range(0, len(packed), _STRIP):
+        turned[:, begin : begin + _STRIP] = packed[begin : begin + _STRIP].T
+    return turned
 
 
 def canonical(q: Bytes, scale: Float, zero: NDArray[np.int16], bits: int, *, symmetric: bool) -> Groups:
