@@ -72,7 +72,14 @@ def weight(file: GgufFile, info: TensorInfo, *, rotary_heads: int | None = None)
         return groups
 
     return Grouped(
-        info.name, (n, k), layout.bits, layout.group, layout.asymmetric, read, centred=kind == "Q4_0"
+        info.name,
+        (n, k),
+        layout.bits,
+        layout.group,
+        layout.asymmetric,
+        read,
+        centred=kind == "Q4_0",
+        middle=16 if kind in ("Q5_1", "Q5_K") else 0,
     )
 
 

@@ -120,6 +120,7 @@ def make_rotary(head_size: int, base: float, scaling: RotaryScaling | None = Non
         case Llama3Scaling():
             return Rotary(_llama3(plain, scaling))
         case YarnScaling():
+            _at_least_one(scaling.factor)
             return Rotary(_yarn(plain, base, scaling), _yarn_length(scaling))
         case DivisorScaling():
             divisors = np.array(scaling.divisors)
@@ -154,6 +155,10 @@ def _yarn(plain: Angles, base: float, scaling: YarnScaling) -> Angles:
         wavelength = scaling.original_max_position_embeddings / (turns * 2 * math.pi)
         return len(plain) * math.log(wavelength) / math.log(base)
 
+    if scaling.original_max_position_embeddings < 1:
+        raise ValueError(
+            f"original_max_position_embeddings {scaling.original_max_position_embeddings} should be positive"
+        )
     first, last = pair(scaling.beta_fast), pair(scaling.beta_slow)
     if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
@@ -161,7 +166,7 @@ def _yarn(plain: Angles, base: float, scaling: YarnScaling) -> Angles:
     if first == last:
         last += 0.001
     divided = np.clip((np.arange(len(plain)) - first) / (last - first), 0, 1)
-    blend: Angles = divided * plain / _at_least_one(scaling.factor) + (1 - divided) * plain
+    blend: Angles = divided * plain / scaling.factor + (1 - divided) * plain
     return blend
 
 

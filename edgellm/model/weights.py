@@ -77,6 +77,8 @@ class Grouped:
         centred: whether every offset is known to be −8 · scale, the middle of 4 bits (GGUF's Q4_0): an
             executor that centres the numbers then needs no offsets.
         read: gives the arrays.
+        middle: of the range that 8-bit numbers use, where that is not about 0: 16 for GGUF's Q5_K and Q5_1.
+            An executor that rounds activations should centre the numbers, or their rounding is amplified.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Grouped:
     asymmetric: bool
     read: Callable[[], Groups]
     centred: bool = False
+    middle: int = 0
 
     def dequantize(self) -> Float:
         """The weight as float32 [N, K], by the formula at the top of this file."""
