@@ -28,8 +28,9 @@ from edgellm.checkpoint.gguf import GgufFile, TensorInfo
 from edgellm.errors import CheckpointError
 from edgellm.model.weights import Dense, Float, Grouped, Groups, Weight
 
-PIECE_BYTES: Final = 1 << 22
-"""Of the file, unpacked at a time: a vocabulary's matrix would need several times its size otherwise."""
+PIECE_BYTES: Final = 1 << 20
+"""Of the file, unpacked at a time: what is at work stays in the CPU's cache, and a vocabulary's matrix needs
+little more memory than its own."""
 
 Bytes = NDArray[np.uint8]
 
