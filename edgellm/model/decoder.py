@@ -82,7 +82,7 @@ def build_decoder(graph: Graph[V], checkpoint: Checkpoint) -> V:
     """Write the checkpoint's network on `graph`; gives its logits.
 
     Raises:
-        BuildError: the network has a part that is not written here.
+        BuildError: the network has a part that is not written here, or tensors that its numbers deny.
         CheckpointError: a tensor is missing.
     """
     spec = checkpoint.spec
@@ -103,6 +103,10 @@ def build_decoder(graph: Graph[V], checkpoint: Checkpoint) -> V:
     for layer in range(spec.num_hidden_layers):
         here = f"layers.{layer}"
         attn, ffn = f"{here}.self_attn", f"{here}.mlp"
+        for name in (f"{attn}.{part}_proj.bias" for part in "qkv"):
+            _require_agreement(checkpoint, name, "attn_bias", expected=spec.attn_bias)
+        for name in (f"{attn}.{part}_norm" for part in "qk"):
+            _require_agreement(checkpoint, name, "qk_layernorm", expected=spec.qk_layernorm)
 
         h = graph.norm(x, weight(f"{here}.input_layernorm", hidden), spec.norm_epsilon)
         parts = {f"{attn}.q_proj": query, f"{attn}.k_proj": key, f"{attn}.v_proj": key}
@@ -155,6 +159,13 @@ def _require_supported(spec: ModelSpec) -> None:
             f"{spec.num_attention_heads} query heads cannot share "
             f"{spec.num_key_value_heads} key/value heads evenly"
         )
+
+
+def _require_agreement(checkpoint: Checkpoint, name: str, field: str, *, expected: bool) -> None:
+    """That a tensor is there if and only if the model's numbers say so: it is never left out silently."""
+    if checkpoint.has(name) != expected:
+        there = "lacks" if expected else "has"
+        raise BuildError(f"the checkpoint {there} {name}, but its {field} is {expected}")
 
 
 def _rotary(spec: ModelSpec) -> Rotary:

@@ -20,6 +20,7 @@ from edgellm.model.decoder import build_decoder
 from edgellm.model.onnx import OnnxGraph
 from edgellm.model.onnx_file import OnnxFile
 from edgellm.model.onnx_linear import Linears, Value
+from edgellm.model.rotary import LinearScaling
 from edgellm.model.weights import Dense, Grouped, Groups, Weight
 
 GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "decoder.npz")
@@ -154,7 +155,9 @@ def test_quantized_weights_stay_quantized_and_are_stored_once(tmp_path: Path) ->
         ({"hidden_act": "gelu"}, "gelu"),
         ({"position_embedding_type": "alibi"}, "alibi"),
         ({"num_key_value_heads": 2}, "2 key/value heads"),
-        ({"qk_layernorm": True}, "q_norm"),
+        ({"qk_layernorm": True}, r"lacks layers\.0\.self_attn\.q_norm, but its qk_layernorm is True"),
+        ({"attn_bias": True}, r"lacks layers\.0\.self_attn\.q_proj\.bias, but its attn_bias is True"),
+        ({"rotary_scaling": LinearScaling(factor=0.5)}, "rotary_scaling makes no sense: factor 0.5"),
         ({"vocab_size": 266}, "token_embd.weight"),
         ({"intermediate_size": 160}, "ffn_gate.weight"),
     ],
@@ -167,6 +170,18 @@ def test_what_cannot_be_built_is_named(change: dict[str, object], named: str, tm
         build_decoder(graph, checkpoint)
     assert type(caught.value).__name__ in {"BuildError", "CheckpointError"}
     file.abandon()
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "tensor"),
+    [("qwen2, untied", "attn_bias", "q_proj.bias"), ("qwen3, untied", "qk_layernorm", "q_norm")],
+)
+def test_a_tensor_that_the_numbers_deny_is_not_left_out_silently(
+    name: str, field: str, tensor: str, tmp_path: Path
+) -> None:
+    checkpoint: Any = _Changed(open_checkpoint(TINY[name].write_gguf(tmp_path / "tiny.gguf")), {field: False})
+    with pytest.raises(BuildError, match=f"has layers.0.self_attn.{tensor}, but its {field} is False"):
+        tiny_executor(checkpoint, tmp_path / "engine", compute="int8")
 
 
 class _Changed:
