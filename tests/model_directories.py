@@ -25,7 +25,7 @@ def stored_name(name: str) -> str:
 def config_of(tiny: TinyLlama) -> dict[str, Any]:
     """A config.json as transformers writes it."""
     return {
-        "architectures": ["LlamaForCausalLM"],
+        "architectures": [f"{tiny.family}ForCausalLM"],
         "model_type": "llama",
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -79,7 +79,9 @@ def write_directory(
     path.mkdir(exist_ok=True)
     stored: Tensors = {}
     for name, values in tiny.weights().items():
-        if linear is not None and "_proj" in name:
+        if name.endswith(".bias"):
+            stored[stored_name(name)] = values.astype(dtype)
+        elif linear is not None and "_proj" in name:
             stored |= linear(stored_name(name), values)
         else:
             stored[f"{stored_name(name)}.weight"] = values.astype(dtype)

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from edgellm.checkpoint.safetensors import read_json
 from edgellm.errors import CheckpointError
+from edgellm.model.rotary import LinearScaling, Llama3Scaling, RotaryScaling, YarnScaling, make_rotary
 from edgellm.model.spec import ModelSpec
 
 CONFIG: Final = "config.json"
@@ -125,6 +126,24 @@ _NO_ARITHMETIC: Final = frozenset(
     }
 )
 _ROPE_READ: Final = frozenset({"rope_theta", "rope_type", "type", "partial_rotary_factor"})
+_SCALINGS: Final[dict[str, frozenset[str]]] = {
+    "default": frozenset(),
+    "linear": frozenset({"factor"}),
+    "llama3": frozenset(
+        {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+    ),
+    "yarn": frozenset(
+        {
+            "factor",
+            "original_max_position_embeddings",
+            "beta_fast",
+            "beta_slow",
+            "attention_factor",
+            "truncate",
+        }
+    ),
+}
+"""`rope_type` → the keys that belong to it."""
 
 
 class ConfigFile:
@@ -249,7 +268,7 @@ def read_spec(config: ConfigFile) -> ModelSpec:
     if head % 2:
         raise CheckpointError(f"{config.where}: heads of {head} cannot be rotated; head_dim must be even")
     layers, context = config.integer("num_hidden_layers"), config.integer("max_position_embeddings")
-    _refuse_windows(config, family, layers, context)
+    base, scaling = _rotary(config, head, context)
     if config.string("hidden_act") != "silu":
         raise config.unsupported("hidden_act")
     return ModelSpec(
@@ -263,7 +282,9 @@ def read_spec(config: ConfigFile) -> ModelSpec:
         intermediate_size=config.integer("intermediate_size"),
         norm_epsilon=config.positive("rms_norm_eps"),
         max_position_embeddings=context,
-        rotary_base=_rotary_base(config),
+        rotary_base=base,
+        rotary_scaling=scaling,
+        sliding_window=_window(config, family, layers, context),
         qk_layernorm=family.qk_layernorm,
         attn_bias=family.qkv_bias or config.boolean("attention_bias", False),
         mlp_bias=config.boolean("mlp_bias", False),
@@ -281,37 +302,67 @@ def _architecture(config: ConfigFile) -> str:
             )
 
 
-def _rotary_base(config: ConfigFile) -> float:
-    """theta; transformers 5 has it in `rope_parameters`, with what was `rope_scaling`."""
-    base = config.positive("rope_theta", 10000.0)
-    for where in (config, config.section("rope_parameters"), config.section("rope_scaling")):
+def _rotary(config: ConfigFile, head: int, context: int) -> tuple[float, RotaryScaling | None]:
+    """theta and scaling; transformers 5 has both in `rope_parameters`, older ones theta apart."""
+    base, scaling = config.positive("rope_theta", 10000.0), None
+    if config.positive("partial_rotary_factor", 1.0) != 1:
+        raise config.unsupported("partial_rotary_factor")
+    for where in (config.section("rope_parameters"), config.section("rope_scaling")):
         if where is None:
             continue
         if where.positive("partial_rotary_factor", 1.0) != 1:
             raise where.unsupported("partial_rotary_factor")
-        if where is config:
-            continue
-        for key in ("rope_type", "type"):
-            if where.string(key, "default") != "default":
-                raise where.unsupported(key)
-        where.require_known(_ROPE_READ)
+        key = "rope_type" if where.values.get("rope_type") is not None else "type"
+        kind = where.string(key, "default")
+        if kind not in _SCALINGS:
+            raise where.unsupported(key)
+        where.require_known(_ROPE_READ | _SCALINGS[kind])
+        scaling = _scaling(where, kind, context) or scaling
         base = where.positive("rope_theta", base)
-    return base
+        try:
+            make_rotary(head, base, scaling)
+        except ValueError as error:
+            raise CheckpointError(f"{where.where}: {error}") from error
+    return base, scaling
 
 
-def _refuse_windows(config: ConfigFile, family: Family, layers: int, context: int) -> None:
-    """Refuse attention that does not see all that came before."""
+def _scaling(where: ConfigFile, kind: str, context: int) -> RotaryScaling | None:
+    if kind == "linear":
+        return LinearScaling(factor=where.positive("factor"))
+    if kind == "llama3":
+        return Llama3Scaling(
+            factor=where.positive("factor"),
+            low_freq_factor=where.positive("low_freq_factor"),
+            high_freq_factor=where.positive("high_freq_factor"),
+            original_max_position_embeddings=where.integer("original_max_position_embeddings"),
+        )
+    if kind == "yarn":
+        length = where.values.get("attention_factor")
+        return YarnScaling(
+            factor=where.positive("factor"),
+            original_max_position_embeddings=where.integer("original_max_position_embeddings", context),
+            beta_fast=where.positive("beta_fast", 32.0),
+            beta_slow=where.positive("beta_slow", 1.0),
+            attention_factor=None if length is None else where.positive("attention_factor"),
+            truncate=where.boolean("truncate", True),
+        )
+    return None
+
+
+def _window(config: ConfigFile, family: Family, layers: int, context: int) -> int | None:
+    """Positions that a token sees in the layers that see the fewest; None for all of them."""
     kinds = config.values.get("layer_types")
     if kinds is not None and (not isinstance(kinds, list) or len(kinds) != layers):
         raise config.wrong("layer_types", kinds, f"a list of {layers}")
+    if kinds is not None and any(kind not in ("full_attention", "sliding_attention") for kind in kinds):
+        raise config.unsupported("layer_types")
     switched_on = family.window == "sliding_window" or config.boolean(family.window, False)
     if not switched_on or config.values.get("sliding_window") is None:
-        if kinds is not None and any(kind != "full_attention" for kind in kinds):
+        if kinds is not None and "sliding_attention" in kinds:
             raise config.unsupported("layer_types")
-        return
+        return None
     # A window as wide as the context, or one that begins at a layer that is not there, changes nothing.
-    if config.integer("sliding_window") >= context:
-        return
+    window = config.integer("sliding_window")
     first = config.integer("max_window_layers", 0, minimum=0) if family.window != "sliding_window" else 0
-    if first < layers:
-        raise config.unsupported("sliding_window")
+    narrow = "sliding_attention" in kinds if kinds is not None else first < layers
+    return window if narrow and window < context else None

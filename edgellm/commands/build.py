@@ -117,7 +117,7 @@ def build_config(
     from edgellm.enginedir import BuildConfig
     from edgellm.errors import UsageError
 
-    longest = spec.max_position_embeddings
+    longest = spec.max_context
     if max_batch_size is None:
         max_batch_size = DEFAULT_BATCH_SIZE
     if max_seq_len is None:
@@ -126,7 +126,8 @@ def build_config(
         raise UsageError(f"--max-batch-size {max_batch_size}: at least 1")
     if not 2 <= max_seq_len <= longest:
         raise UsageError(
-            f"--max-seq-len {max_seq_len}: from 2 to the {longest} tokens the model was trained for"
+            f"--max-seq-len {max_seq_len}: from 2 to the {longest} tokens "
+            + ("of the model's sliding window" if longest == spec.sliding_window else "it was trained for")
         )
     most = max_batch_size * max_seq_len
     if max_num_tokens is None:

@@ -1,7 +1,8 @@
 """Linear layers and the embedding for ONNX Runtime's CPU provider: quantized weights stay so, exactly.
 
 MatMulNBits is fast for symmetric weights alone: float zero points are exact but have no fast kernel, and
-integer ones would round the offset. So an offset goes another way. With c = 8 for 4 bits and 0 for 8,
+integer ones would round the offset. So an offset goes another way. With c = 8 for 4 bits, and for 8 the
+middle of what the layout uses of them, which is mostly 0,
     x · (s·q + o) = x · s·(q − c) + Σ_group(x) · (o + c·s)
 where the sums of x over each group are shared by all linears that read x, and the second product is smaller
 than the first by the size of a group. Where o + c·s is 0 throughout (Q4_0, Q8_0) there is no second product.
@@ -11,6 +12,7 @@ Where groups are of scattered columns, those of x are gathered in the same order
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -91,15 +93,16 @@ class Linears:
     def project(
         self, x: Value, weights: Sequence[Weight], biases: Sequence[Weight | None], name: str
     ) -> Value:
-        """x · [weights]ᵀ + [biases], the parts side by side; parts of one layout become one product."""
+        """x · [weights]ᵀ + [biases], the parts side by side; neighbours of one layout become one product."""
         biased = any(bias is not None for bias in biases)
         product = f"{name}.product" if biased else name
-        if len({self._layout(weight) for weight in weights}) == 1:
+        alike = [list(group) for _, group in itertools.groupby(weights, self._layout)]
+        if len(alike) == 1:
             self._multiply(x, weights, name, product)
         else:
-            parts = [f"{name}.{i}" for i in range(len(weights))]
-            for part, weight in zip(parts, weights, strict=True):
-                self._multiply(x, [weight], part, part)
+            parts = [f"{name}.{i}" for i in range(len(alike))]
+            for part, group in zip(parts, alike, strict=True):
+                self._multiply(x, group, part, part)
             self._file.node("Concat", parts, [product], axis=-1)
         if biased:
             values = [
@@ -206,8 +209,10 @@ class Linears:
                     f"the CPU executor needs a power of two from {MIN_GROUP} up"
                 )
             groups = [weight.read() for weight in weights]
-            rest = np.concatenate([_rest(part) for part in groups])
-            self._file.constant(weight_name, np.concatenate([_packed(part, group) for part in groups]))
+            centres = [8 if weight.bits == 4 else weight.middle for weight in weights]
+            rest = np.concatenate([_rest(*part) for part in zip(groups, centres, strict=True)])
+            packed = [_packed(*part, group) for part in zip(groups, centres, strict=True)]
+            self._file.constant(weight_name, np.concatenate(packed))
             self._file.constant(scale_name, np.concatenate([part.scale for part in groups]))
             if rest.any():
                 self._file.constant(rest_name, rest)
@@ -226,9 +231,8 @@ def has_kernel(group: int) -> bool:
     return group >= MIN_GROUP and not group & (group - 1)
 
 
-def _rest(groups: Groups) -> Float:
+def _rest(groups: Groups, centre: int) -> Float:
     """o + c·s: what is left of a group's offset when its numbers are centred."""
-    centre = 8 if groups.q.dtype == np.uint8 else 0
     rest: Float
     if groups.zero is not None:
         rest = (centre - groups.zero.astype(np.float32)) * groups.scale
@@ -237,14 +241,14 @@ def _rest(groups: Groups) -> Float:
     return rest
 
 
-def _packed(groups: Groups, group: int) -> NDArray[np.uint8]:
-    """q as MatMulNBits wants it, uint8 [N, groups, bytes]: 4 bits 2i | 2i+1 << 4, or 8 bits + 128."""
+def _packed(groups: Groups, centre: int, group: int) -> NDArray[np.uint8]:
+    """q as MatMulNBits wants it, uint8 [N, groups, bytes]: 4 bits 2i | 2i+1 << 4, or 8 bits − c + 128."""
     q = groups.q
     if q.dtype == np.uint8:
         # A pair of bytes lo, hi is the little-endian word hi << 8 | lo; the packed byte is its hi << 4 | lo.
         words = np.ascontiguousarray(q).view("<u2")
         packed = (words | words >> 4).astype(np.uint8)
     else:
-        packed = np.ascontiguousarray(q).view(np.uint8) ^ np.uint8(0x80)
+        packed = (np.ascontiguousarray(q).view(np.uint8) - np.uint8(centre)) ^ np.uint8(0x80)
     result: NDArray[np.uint8] = packed.reshape(len(q), -1, group * packed.shape[1] // q.shape[1])
     return result

@@ -82,6 +82,8 @@ class Grouped:
         centred: whether every offset is known to be −8 · scale, the middle of 4 bits (GGUF's Q4_0): an
             executor that centres the numbers then needs no offsets.
         read: gives the arrays.
+        middle: of the range that 8-bit numbers use, where that is not about 0: 16 for GGUF's Q5_K and Q5_1.
+            An executor that rounds activations should centre the numbers, or their rounding is amplified.
         perm: int32 [K], the columns in the order of `Groups.q`; None: as they are.
     """
 
@@ -92,6 +94,7 @@ class Grouped:
     asymmetric: bool
     read: Callable[[], Groups]
     centred: bool = False
+    middle: int = 0
     perm: NDArray[np.int32] | None = field(default=None, compare=False)
 
     def dequantize(self) -> Float:

@@ -15,6 +15,7 @@ from tiny_llama import TINY, TinyLlama
 
 from edgellm.checkpoint import open_checkpoint
 from edgellm.errors import CheckpointError
+from edgellm.model.rotary import YarnScaling
 from edgellm.model.weights import Dense
 
 TIED = TINY["3/1 heads of 64, tied"]
@@ -156,27 +157,56 @@ def test_what_a_family_has(
 
 
 @pytest.mark.parametrize(
+    ("config", "window"),
+    [
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 32}, 32),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, None),
+        ({"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": True, "sliding_window": 32}, 32),
+        (
+            {
+                "architectures": ["Qwen3ForCausalLM"],
+                "use_sliding_window": True,
+                "sliding_window": 32,
+                "max_window_layers": 2,
+            },
+            None,
+        ),
+    ],
+)
+def test_windows(config: dict[str, Any], window: int | None, tmp_path: Path) -> None:
+    tensors = HEAD_NORMS if "Qwen3" in config["architectures"][0] else {}
+    checkpoint = open_checkpoint(write_directory(tmp_path, TIED, config=config, tensors=tensors))
+    assert checkpoint.spec.sliding_window == window
+
+
+def test_scaling_as_older_files_have_it(tmp_path: Path) -> None:
+    config = {"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": {"type": "yarn", "factor": 4.0}}
+    spec = open_checkpoint(write_directory(tmp_path, TIED, config=config)).spec
+    assert spec.rotary_base == 5e5
+    assert spec.rotary_scaling == YarnScaling(factor=4.0, original_max_position_embeddings=4096)
+
+
+@pytest.mark.parametrize(
     ("config", "named"),
     [
         ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM"),
         ({"architectures": None}, "architectures None"),
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": 32}, "sliding_window = 32"),
-        (
-            {
-                "architectures": ["Qwen2ForCausalLM"],
-                "use_sliding_window": True,
-                "sliding_window": 32,
-                "max_window_layers": 1,
-            },
-            "sliding_window = 32",
-        ),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 0}, "sliding_window is 0"),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"layer_types": ["full_attention"]}, "layer_types should be a list of 2"),
         ({"architectures": ["MistralForCausalLM"], "attention_bias": True}, "attention_bias = True"),
         ({"architectures": ["Qwen2ForCausalLM"], "mlp_bias": True}, "mlp_bias = True"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters has partial_rotary_factor"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling has rope_type = 'llama3'"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "factor": 8.0}},
+            "rope_scaling has rope_type = 'longrope'",
+        ),
+        ({"rope_scaling": {"type": "dynamic", "factor": 8.0}}, "rope_scaling has type = 'dynamic'"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling: factor 0.5"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": 0.7}}, "rope_scaling has mscale = 0.7"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling has no low_freq_factor"),
         ({"rope_scaling": {"factor": 8.0}}, "rope_scaling has factor = 8.0"),
         ({"rope_scaling": "yarn"}, "rope_scaling should be an object"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
