@@ -55,7 +55,7 @@ class Report:
         quantization: TensorRT-LLM's name of how most linear layers are stored.
         storage: every way in which matrices are stored, most used first.
         kv_bytes_per_token: in the caches of all layers, by their element type.
-        context: tokens that the model was trained for.
+        context: tokens of the longest text that edgellm runs it with.
         tokens: of the tokenizer.
         chat_template: whether there is one.
         eos_ids: the tokens that end an answer.
@@ -141,7 +141,7 @@ def _checkpoint(path: Path) -> Report:
         quantization=checkpoint.quantization.quant_algo,
         storage=_storage(weights, checkpoint.spec),
         kv_bytes_per_token=_kv_bytes(checkpoint.spec),
-        context=checkpoint.spec.max_position_embeddings,
+        context=checkpoint.spec.max_context,
         tokens=tokens,
         chat_template=checkpoint.chat_template is not None,
         eos_ids=checkpoint.eos_ids,
@@ -168,7 +168,7 @@ def _engine(path: Path) -> Report:
         quantization=config.pretrained_config.quantization.quant_algo,
         storage=_storage(weights, spec),
         kv_bytes_per_token={engine.kv_cache: _kv_bytes(spec)[engine.kv_cache]},
-        context=spec.max_position_embeddings,
+        context=spec.max_context,
         tokens=engine.tokenizer().vocab_size,
         chat_template=engine.chat_template() is not None,
         eos_ids=engine.eos_ids,
