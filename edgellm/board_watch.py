@@ -10,10 +10,10 @@ from edgellm.config import Config
 from edgellm.engine import Engine
 from edgellm.governor.causes import Settings
 from edgellm.governor.governor import Governor, Transition
-from edgellm.governor.platform import Board, identify_board
+from edgellm.governor.platform import identify_board
 from edgellm.governor.policy import Decision
-from edgellm.governor.sensor_thread import SensorThread
-from edgellm.governor.sensors import Readings, Sensors
+from edgellm.governor.sensor_thread import LateSensors, SensorThread
+from edgellm.governor.sensors import Readings
 from edgellm.server import Server
 from edgellm.systemd import Notifier
 
@@ -26,7 +26,8 @@ STATISTICS_S = 1.0
 class BoardWatch:
     """Owns the governor and its sensor thread; the main thread calls `tick`.
 
-    Every transition is a line in the journal, an event on the PUB socket, and systemd's STATUS.
+    Every transition is a line in the journal, a warning if the state gets worse; an event on the PUB socket;
+    and systemd's STATUS.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class BoardWatch:
         self._identified = identify_board(root)
         self._sensors: SensorThread | None = None
         if config.governor.enabled:
-            reader = _LateSensors(root, self._identified, config.sensors.rediscover_s)
+            reader = LateSensors(root, self._identified, config.sensors.rediscover_s)
             self._sensors = SensorThread(
                 reader,
                 interval_s=config.sensors.interval_s,
@@ -78,7 +79,8 @@ class BoardWatch:
         """One line for `systemctl status`."""
         decision = self.governor.decision
         stats = self._engine.snapshot()
-        load = f"{stats.running} running, {stats.queued} queued"
+        draining = "draining, " if self._server.draining else ""
+        load = f"{draining}{stats.running} running, {stats.queued} queued"
         if decision is None:
             return load
         why = "" if decision.reason == "none" else f" ({decision.detail})"
@@ -100,7 +102,9 @@ class BoardWatch:
 
     def _tell(self, transition: Transition) -> None:
         after = transition.after
-        log.warning(
+        log.log(
+            # Going back, or a new reason or cap in the same state, is nothing that went wrong.
+            logging.WARNING if after.state > transition.before.state else logging.INFO,
             "governor: %s → %s: %s: %s; cap %d, duty %.2f",
             transition.before.state.name,
             after.state.name,
@@ -112,19 +116,3 @@ class BoardWatch:
         )
         self._server.publish_transition(transition)
         self._notifier.status(self.status())
-
-
-class _LateSensors:
-    """Sensors that are discovered on the thread that reads them: discovery reads them too, and may hang."""
-
-    def __init__(self, root: Path, board: Board, rediscover_s: float) -> None:
-        self._root = root
-        self._board = board
-        self._rediscover_s = rediscover_s
-        self._sensors: Sensors | None = None
-
-    def read(self) -> Readings:
-        """One sweep, after discovery the first time."""
-        if self._sensors is None:
-            self._sensors = Sensors(self._root, board=self._board, rediscover_s=self._rediscover_s)
-        return self._sensors.read()

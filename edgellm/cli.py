@@ -3,21 +3,47 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from edgellm import __version__
-from edgellm.errors import OperatorError, RequestError
+from edgellm.errors import OperatorError, RequestError, UsageError
 
-COMMANDS = ("serve", "chat", "top", "build", "inspect", "plan", "fetch", "bench", "doctor")
+COMMANDS = ("serve", "chat", "top", "build", "inspect", "plan", "fetch", "bench", "doctor", "keygen")
+
+OUTPUT_FAILED = 74
+"""sysexits(3): an error occurred while doing I/O on some file."""
+
+WRITE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; errors of edgellm's own are one line, not a traceback."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    args = _parser(arguments).parse_args(arguments)
+    try:
+        code = _run(arguments)
+        _flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        _discard_output()  # the reader of our output left
+        return 141
+    except OSError as error:
+        # A write to a descriptor names no file; what else can fail is an error of edgellm's.
+        if error.errno not in WRITE_ERRORS or error.filename is not None:
+            raise
+        _discard_output()
+        print(f"edgellm: standard output cannot be written: {error.strerror}", file=sys.stderr)
+        return OUTPUT_FAILED
+    return code
+
+
+def _run(arguments: Sequence[str]) -> int:
+    args = _parse(arguments)
     try:
         code: int = args.run(args)
     except OperatorError as error:
@@ -26,17 +52,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RequestError as error:
         print(f"edgellm {args.command}: {error.code}: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # The reader of our output left; without this Python complains once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     return code
 
 
-def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    """argparse's, but for the exit code: its own 2 is no reason for systemd to leave the service alone."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(UsageError.exit_code, f"{self.prog}: {message}\n")
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(
         prog="edgellm",
         description="A language model for the other processes on the board: build an engine, serve it.",
     )
@@ -46,4 +74,17 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     named = [command for command in COMMANDS if command in arguments[:1]]
     for command in named or COMMANDS:
         importlib.import_module(f"edgellm.commands.{command}").register(subparsers)
-    return parser
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:  # argparse would show the usage of `edgellm`
+        subparsers.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
+
+
+def _flush() -> None:
+    if sys.stdout is not None:  # None: whoever started us closed it
+        sys.stdout.flush()
+
+
+def _discard_output() -> None:
+    """Let what cannot be written go nowhere: Python flushes once more when it ends, and would complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -29,7 +29,7 @@ from edgellm.executor.base import Executor, ExecutorInfo
 from edgellm.executor.factory import make_executor
 from edgellm.journal import set_level
 from edgellm.memory.promise import MemoryPromise
-from edgellm.memory.resident import give_back_freed
+from edgellm.memory.resident import give_back_freed, keep_freed_small
 from edgellm.reload import reloaded
 from edgellm.scheduler.scheduler import Scheduler
 from edgellm.server import Server
@@ -62,6 +62,9 @@ class Daemon:
 
     Args:
         load_config: composes the configuration; called again on SIGHUP.
+
+    Raises:
+        ConfigError: nothing could be served with this configuration, or on this system.
     """
 
     def __init__(self, load_config: Callable[[], Config]) -> None:
@@ -70,7 +73,8 @@ class Daemon:
         set_level(self._config.log.level)
         if self._config.engine.path is None:
             raise ConfigError("engine.path is not set: name the directory that `edgellm build` made")
-        self._path = Path(self._config.engine.path)
+        _require_proc()
+        self._path = Path(self._config.engine.path).absolute()
         self._server = Server(self._config.server)
         self._notifier = Notifier()
         self._engine: Engine | None = None
@@ -89,6 +93,7 @@ class Daemon:
             OperatorError: whatever kept the daemon from starting, or ended it.
         """
         sys.setswitchinterval(SWITCH_INTERVAL_S)
+        keep_freed_small()
         self._install_signals()
         self._phases["process"] = time.time() - psutil.Process().create_time()
         try:
@@ -130,7 +135,9 @@ class Daemon:
         """Read the configuration again; what cannot change while running is named and left as it is."""
         self._notifier.reloading()
         try:
-            self._config = reloaded(self._config, self._load_config())
+            config = self._load_config()
+            self._server.reload_clients()
+            self._config = reloaded(self._config, config)
         except OperatorError as error:
             log.error("reload: %s; everything stays as it was", error)  # the daemon must not end of a typo
         else:
@@ -229,9 +236,11 @@ class Daemon:
         # The unit's TimeoutStopSec bounds silence, not the drain.
         self._notifier.extend_timeout(timeout + LAST_WORDS_S + self._step_bound())
         self._server.drain()
+        assert self._board is not None
         end = time.monotonic() + timeout
         while self._server.open_requests and time.monotonic() < end and not self._hurry:
             self._check_threads()
+            self._board.tick()
             self._wakeup.wait(0.01)
             self._take_signals()
 
@@ -274,6 +283,16 @@ class Daemon:
             info.max_seq_len,
             self._server.endpoint,
         )
+
+
+def _require_proc() -> None:
+    try:
+        psutil.Process()
+    except psutil.Error:
+        raise ConfigError(
+            f"{psutil.PROCFS_PATH} is not mounted, and memory cannot be watched without: mount -t proc proc"
+            f" {psutil.PROCFS_PATH}"
+        ) from None
 
 
 def _load_text(directory: EngineDir) -> tuple[Tokenizer, ChatTemplate | None]:

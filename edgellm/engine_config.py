@@ -66,6 +66,12 @@ class BuildConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     kv_cache_type: Literal["continuous"] = "continuous"
     strongly_typed: bool = True
 
+    @property
+    def slots(self) -> str:
+        """For people: `4 slots of 2048 tokens`."""
+        plural = "" if self.max_batch_size == 1 else "s"
+        return f"{self.max_batch_size} slot{plural} of {self.max_seq_len} tokens"
+
 
 class FileRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A file of the engine: its SHA-256 in hex and its size in bytes."""

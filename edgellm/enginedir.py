@@ -19,7 +19,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +38,7 @@ from edgellm.engine_config import (
     FileRecord,
     PretrainedConfig,
 )
+from edgellm.engine_draft import new_draft
 from edgellm.errors import BuildError, EngineError
 from edgellm.executor.base import Progress
 from edgellm.model.kv_cache import KvCache
@@ -158,11 +158,19 @@ def open_engine(path: Path) -> EngineDir:
     Raises:
         EngineError: it is no engine, or of another format version, or a file disagrees; the message names it.
     """
-    if not path.is_dir():
+    try:
+        is_file, is_directory, is_sealed = path.is_file(), path.is_dir(), (path / CONFIG).is_file()
+    except OSError as error:
+        raise EngineError(f"cannot read {path}: {error.strerror}") from error
+    if is_file:
+        raise EngineError(
+            f"{path} is a file; `edgellm build {path} -o ENGINE` makes an engine directory of a checkpoint"
+        )
+    if not is_directory:
         raise EngineError(
             f"there is no engine directory {path}; `edgellm build CHECKPOINT -o {path}` makes one"
         )
-    if not (path / CONFIG).is_file():
+    if not is_sealed:
         raise EngineError(f"{path} is not an engine directory: it has no {CONFIG}")
     raw = _read(path / CONFIG)
     version = _format_version(raw)
@@ -230,23 +238,22 @@ def new_engine(path: Path) -> Iterator[Path]:
     """
     path = path.resolve()
     _check_replaceable(path)
+    made = False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.building-", dir=path.parent))
+        with new_draft(path) as draft:
+            made = True
+            draft.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would hide the engine from the daemon's user
+            yield draft
+            if not (draft / CONFIG).exists():
+                raise AssertionError("new_engine: seal was not called")
+            _sync(draft)
+            _move_into_place(draft, path)
     except OSError as error:
-        raise BuildError(f"cannot create {path}: {error.strerror} ({error.filename})") from error
-    try:
-        draft.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would hide the engine from the daemon's user
-        yield draft
-        if not (draft / CONFIG).exists():
-            raise AssertionError("new_engine: seal was not called")
-        _sync(draft)
-        _move_into_place(draft, path)
-    except OSError as error:
+        if not made:
+            raise BuildError(f"cannot create {path}: {error.strerror} ({error.filename})") from error
         hint = "; free some space and build again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise BuildError(f"cannot write {path}: {error.strerror or error}{hint}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def seal(draft: Path, config: EngineConfig) -> EngineConfig:

@@ -16,6 +16,7 @@
     │   ├── RequestTimeout        also a TimeoutError
     │   ├── Unreachable           also a ConnectionError
     │   ├── ConnectionLost        also a ConnectionError
+    │   ├── BadKeys
     │   └── ProtocolError
     └── OperatorError         whoever runs edgellm must change something: printed, then an exit code
         ├── UsageError            64
@@ -149,6 +150,10 @@ class Unreachable(ClientError, ConnectionError):
 
 class ConnectionLost(ClientError, ConnectionError):
     """The daemon went away before it had answered."""
+
+
+class BadKeys(ClientError):
+    """The CURVE keys that tcp needs are missing, or are none."""
 
 
 class ProtocolError(ClientError):

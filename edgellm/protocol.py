@@ -7,13 +7,13 @@ be decoded raises `BadRequest` with the field at fault; `peek_id` recovers its i
 from __future__ import annotations
 
 import math
-import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgpack
 import msgspec
 from msgspec import Meta, Struct
 
+from edgellm.complaint import complaint_of
 from edgellm.errors import BadRequest, RequestError
 from edgellm.sampling import MAX_TOP_LOGPROBS
 
@@ -327,11 +327,11 @@ class StatsEvent(StatusReply, frozen=True, kw_only=True, tag_field="ev", tag="st
 
 Published = StateEvent | StatsEvent
 
+KINDS: dict[str, type[Envelope]] = {str(kind.__struct_config__.tag): kind for kind in get_args(Request)}
+"""op → the type of its requests."""
+
 _decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _encoder = msgspec.msgpack.Encoder()
-_PATH = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>[^`]*)`)?$", re.DOTALL)
-_UNKNOWN = re.compile(r"unknown field `(?P<field>[^`]*)`")
-_MISSING = re.compile(r"missing required field `(?P<field>[^`]*)`")
 
 
 def decode_request(payload: bytes | memoryview) -> Request:
@@ -401,23 +401,21 @@ def _lenient(payload: bytes | memoryview) -> dict[Any, Any]:
     return fields if isinstance(fields, dict) else {}
 
 
-def _explain(payload: bytes | memoryview, text: str) -> BadRequest:
-    """Turn msgspec's sentence into ours: the field's path, and what would work."""
-    match = _PATH.match(text)
-    what, path = (match["what"], match["path"] or "$") if match else (text, "$")
-    inner = path.removeprefix("$").removeprefix(".")
-    if path == "$.op":
+def _explain(payload: bytes | memoryview, error: str) -> BadRequest:
+    """Turn msgspec's complaint into ours: the field's path, and what would work."""
+    op = _lenient(payload).get("op")
+    complaint = complaint_of(error, KINDS.get(op, Envelope) if isinstance(op, str) else Envelope)
+    path = complaint.path
+    if path == "op" and complaint.kind == "value":
         return BadRequest(f"unknown op: use one of {', '.join(OPS)}", field="op")
-    if found := _UNKNOWN.search(what):
-        name = f"{inner}.{found['field']}" if inner else found["field"]
-        op = _lenient(payload).get("op")
-        return BadRequest(f"{op or 'a message'} has no field {name}", field=name)
-    if found := _MISSING.search(what):
-        name = f"{inner}.{found['field']}" if inner else found["field"]
-        return BadRequest(f"{name} is missing", field=name)
-    if not inner:
-        return BadRequest(f"a message is a map with v, id and op: {what}")
-    return BadRequest(f"{inner}: {what}", field=inner)
+    if complaint.kind == "unknown":
+        near = f"; did you mean {complaint.near}?" if complaint.near else ""
+        return BadRequest(f"{op or 'a message'} has no field {path}{near}", field=path)
+    if complaint.kind == "missing":
+        return BadRequest(f"{path} is missing", field=path)
+    if not path:
+        return BadRequest(f"a message is a map with v, id and op: {complaint.what}")
+    return BadRequest(f"{path}: {complaint.what}", field=path)
 
 
 def _check_finite(request: Generation) -> None:

@@ -41,10 +41,17 @@ def test_other_variables_of_the_prefix_are_left_alone() -> None:
         ("[server]\nmax_quque = 1\n", ["server.max_quque", "did you mean server.max_queue?"]),
         ("[sever]\n", ["[sever]", "did you mean [server]?"]),
         ("server = 3\n", ["server is a section"]),
-        ("[engine]\nthreads = -1\n", ["engine.threads", ">= 0"]),
-        ("[engine]\nthreads = 'many'\n", ["engine.threads", "int"]),
+        ("[engine]\nthreads = -1\n", ["engine.threads: must be an integer, at least 0"]),
+        ("[engine]\nthreads = 'many'\n", ["engine.threads: must be an integer, not a string"]),
         ("[engine\n", ["is not TOML"]),
-        ("[log]\nlevel = 'loud'\n", ["log.level", "loud"]),
+        ("[server]\nsocket_mode = 0660  # group\n", ["is not TOML", 'write socket_mode = "0660"']),
+        ("[engine]\npath = /opt/engine\n", ['write path = "/opt/engine"']),
+        ("[server]\nsocket_mode = 660\n", ["server.socket_mode: write octal", '"0660"']),
+        ("[server]\nrules = [{max_prio = 1}]\n", ["server.rules[0].max_prio", "did you mean max_priority?"]),
+        ("[governor]\nshed_below_c = 20\n", ["governor.shed_below_c: ", "20 is not less than 10"]),
+        ("[memory]\nreserve = '4'\n", ["memory.reserve: '4' is no size", "480MiB"]),
+        ("[engine]\nmax_seq_len = 1\n", ["engine.max_seq_len: ", "at least 2"]),
+        ("[log]\nlevel = 'loud'\n", ["log.level: 'loud' is not one of debug, error, info, warning"]),
     ],
 )
 def test_a_bad_file_is_named_with_the_key(tmp_path: Path, text: str, parts: list[str]) -> None:
@@ -65,7 +72,7 @@ def test_a_bad_variable_is_named_as_it_was_written() -> None:
         ConfigError, match=r"EDGELLM_SERVER_MAX_QUEU.*did you mean EDGELLM_SERVER_MAX_QUEUE\?"
     ):
         load_config(environment={"EDGELLM_SERVER_MAX_QUEU": "1"})
-    with pytest.raises(ConfigError, match=r"EDGELLM_ENGINE_THREADS: engine.threads: Expected `int`"):
+    with pytest.raises(ConfigError, match=r"^EDGELLM_ENGINE_THREADS=two: must be an integer$"):
         load_config(environment={"EDGELLM_ENGINE_THREADS": "two"})
 
 
@@ -74,3 +81,34 @@ def test_a_bad_flag_is_named() -> None:
         ConfigError, match=r"command line: there is no key engine.thread; did you mean engine.threads"
     ):
         load_config(environment={}, flags={"engine.thread": "1"})
+    with pytest.raises(ConfigError, match=r"^--threads many: must be an integer$"):
+        load_config(
+            environment={}, flags={"engine.threads": "many"}, typed={"engine.threads": "--threads many"}
+        )
+
+
+def test_thresholds_from_several_sources_are_all_named(tmp_path: Path) -> None:
+    file = _file(tmp_path, "[governor]\nshed_below_c = 20\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, {"EDGELLM_GOVERNOR_TARGET_BELOW_C": "11"})
+    assert f"{file}: governor.shed_below_c and EDGELLM_GOVERNOR_TARGET_BELOW_C=11: " in str(caught.value)
+    assert "20 is not less than 11" in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
+    path = tmp_path / "edgellm.toml"
+    path.write_bytes(b"\xef\xbb\xbf[log]\nlevel = 'debug'\n")
+    assert load_config(path, {}).log.level == "debug"
+    path.write_bytes(b"[log]\nlevel = '\xff'\n")
+    with pytest.raises(ConfigError, match=r"is not UTF-8: .* at byte 15"):
+        load_config(path, {})
+
+
+def test_a_relative_engine_path_is_below_the_file_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _file(tmp_path, "[engine]\npath = 'engines/small'\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_config(Path("edgellm.toml"), {}).engine.path == f"{tmp_path}/engines/small"
+    _file(tmp_path, "[engine]\npath = '/opt/small'\n")
+    assert load_config(Path("edgellm.toml"), {}).engine.path == "/opt/small"

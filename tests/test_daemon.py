@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -13,11 +14,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import msgpack
+import psutil
 import pytest
 import zmq
+from curve_service import free_ports
 
 from edgellm import Client
-from edgellm.errors import RequestError
+from edgellm.cli import main
+from edgellm.client import CurveKeys, Statistics, subscribe
+from edgellm.config import Config, EngineConfig
+from edgellm.daemon import Daemon
+from edgellm.errors import ConfigError, RequestError, Unreachable
 
 pytestmark = pytest.mark.model
 
@@ -128,6 +135,23 @@ def test_a_drain_that_takes_too_long_ends_what_is_open(smollm2_engine: Path, end
     assert process.returncode == 0
 
 
+def test_a_drain_is_told_to_those_who_listen(smollm2_engine: Path, endpoint: str) -> None:
+    with (
+        daemon(smollm2_engine, endpoint) as process,
+        Client(endpoint) as client,
+        subscribe(endpoint, topics=["stats"], silence=10) as events,
+    ):
+        client.wait_ready(READY_S)
+        with client.stream_chat("Count.", temperature=0, ignore_eos=True, max_tokens=900) as stream:
+            next(stream)
+            process.send_signal(signal.SIGTERM)
+            heard = [event for event in itertools.islice(events, 4) if isinstance(event, Statistics)]
+            draining = [event for event in heard if event.status == "draining"]
+            assert len(draining) >= 2
+            assert draining[0].running == 1
+        assert stop(process)[0] == 0
+
+
 def test_slots_may_be_fewer_and_shorter_than_built(smollm2_engine: Path, endpoint: str) -> None:
     flags = ["--max-batch-size", "1", "--max-seq-len", "128", "--max-num-tokens", "32"]
     with daemon(smollm2_engine, endpoint, *flags) as process, Client(endpoint) as client:
@@ -173,8 +197,9 @@ def test_a_flipped_byte_is_found_and_named(smollm2_engine: Path, endpoint: str, 
     [
         (["--max-seq-len", "4096"], 78, "engine.max_seq_len = 4096"),
         (["--max-batch-size", "5"], 78, "--max-batch-size 4"),
-        (["--threads", "none"], 78, "engine.threads"),
+        (["--threads", "none"], 78, "--threads none: must be an integer"),
         (["--set", "server.max_quque=1"], 78, "server.max_queue"),
+        (["--max-seq-len", "1"], 78, "--max-seq-len 1: max_seq_len must be 0 (as built) or at least 2"),
         (["--set", "nonsense"], 64, "KEY=VALUE"),
         (["--config", "/nonexistent.toml"], 78, "/nonexistent.toml"),
         (["--endpoint", "tcp://127.0.0.1:5555"], 78, "CURVE"),
@@ -196,3 +221,54 @@ def test_a_missing_engine_is_named(endpoint: str, tmp_path: Path) -> None:
         _, log = process.communicate(timeout=EXIT_S)
     assert process.returncode == 66
     assert "edgellm build" in log
+
+
+def test_what_is_no_engine_is_named_in_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.chdir(tmp_path)
+    words = f"{tmp_path}/model.gguf is a file; `edgellm build {tmp_path}/model.gguf -o ENGINE`"
+    with daemon(Path("model.gguf"), f"ipc://{tmp_path}/e.sock") as process:
+        _, log = process.communicate(timeout=EXIT_S)
+    assert process.returncode == 66
+    assert words in log
+    assert main(["bench", "model.gguf"]) == 66
+    assert words in capsys.readouterr().err
+
+
+def test_without_proc_the_daemon_says_what_to_mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=f"{tmp_path} is not mounted"):
+        Daemon(lambda: Config(engine=EngineConfig(path="engine")))
+
+
+def test_over_tcp_clients_with_a_key_are_answered_and_sighup_lets_in_more(
+    smollm2_engine: Path, tmp_path: Path
+) -> None:
+    for directory, name in (("own", "server"), ("clients", "one"), ("later", "two")):
+        assert main(["keygen", str(tmp_path / directory), "--name", name]) == 0
+    endpoint = f"tcp://127.0.0.1:{free_ports()}"
+    settings = (
+        f"server.curve_secret_key={tmp_path}/own/server.key_secret",
+        f"server.curve_clients={tmp_path}/clients",
+    )
+    flags = [part for setting in settings for part in ("--set", setting)]
+    server_key = tmp_path / "own" / "server.key"
+    with (
+        daemon(smollm2_engine, endpoint, *flags) as process,
+        Client(endpoint, curve=CurveKeys(tmp_path / "clients" / "one.key_secret", server_key)) as one,
+        Client(endpoint, curve=CurveKeys(tmp_path / "later" / "two.key_secret", server_key)) as two,
+    ):
+        one.wait_ready(READY_S)
+        assert "Paris" in one.chat(QUESTION, temperature=0, max_tokens=24).text
+        with pytest.raises(Unreachable, match="does not know this client's key"):
+            two.status()
+        shutil.copy(tmp_path / "later" / "two.key", tmp_path / "clients")
+        process.send_signal(signal.SIGHUP)
+        two.wait_ready(READY_S)
+        assert two.status().status == "ready"
+        code, log = stop(process)
+    assert code == 0
+    assert "1 refused so far" in log
+    assert "Traceback" not in log

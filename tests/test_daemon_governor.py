@@ -68,6 +68,9 @@ def test_a_hot_board_takes_only_what_matters(smollm2_engine: Path, tmp_path: Pat
         ("trip_point_0_temp", "99000"),
     ):
         (zone / name).write_text(f"{text}\n")
+    # The memory budget asks the same board.
+    (tmp_path / "board/proc").mkdir()
+    (tmp_path / "board/proc/meminfo").write_text("MemTotal: 8000000 kB\nMemAvailable: 6000000 kB\n")
     endpoint = f"ipc://{tmp_path}/e.sock"
     flags = ["--set", f"sensors.root={tmp_path / 'board'}", "--set", "sensors.interval_s=0.5"]
     with (

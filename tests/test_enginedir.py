@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -103,6 +104,22 @@ def test_what_was_written_is_what_is_opened(engine: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     assert engine.stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_what_is_no_engine_directory_is_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(EngineError, match=r"m\.gguf is a file; `edgellm build .*m\.gguf -o ENGINE`"):
+        open_engine(tmp_path / "m.gguf")
+    with pytest.raises(EngineError, match="there is no engine directory"):
+        open_engine(tmp_path / "nowhere")
+    with pytest.raises(EngineError, match=r"cannot read .*File name too long"):
+        open_engine(tmp_path / ("x" * 300))
+
+
+def test_slots_are_counted(engine: Path) -> None:
+    build = open_engine(engine).build
+    assert build.slots == "2 slots of 64 tokens"
+    assert msgspec.structs.replace(build, max_batch_size=1).slots == "1 slot of 64 tokens"
 
 
 def test_field_names_are_those_of_tensorrt_llm(engine: Path) -> None:

@@ -106,3 +106,24 @@ def test_an_error_crosses_the_wire_whole(code: str) -> None:
         "ev": "error", "v": 1, "id": "a", "code": code, "message": "why", "field": "top_p",
         "retry_after_ms": 5, "usage": None,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "words"),
+    [
+        (
+            {"op": "chat", "messages": [{"role": "usr", "content": ""}]},
+            "messages[0].role",
+            "assistant, system",
+        ),
+        ({"op": "generate", "prompt": "x", "temprature": 1}, "temprature", "did you mean temperature?"),
+        ({"op": "generate", "prompt": 4}, "prompt", "must be a string or an array, not an integer"),
+        ({"op": "generate", "prompt": "x", "max_tokens": 0}, "max_tokens", "must be an integer, at least 1"),
+    ],
+)
+def test_a_refusal_says_what_would_work(fields: dict[str, Any], field: str, words: str) -> None:
+    with pytest.raises(BadRequest) as raised:
+        protocol.decode_request(msgpack.packb({"v": 1, "id": 1, **fields}))
+    assert raised.value.field == field
+    assert words in str(raised.value)
+    assert "`" not in str(raised.value)

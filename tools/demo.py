@@ -27,21 +27,25 @@ def main() -> int:
         endpoint = f"ipc://{folder}/edgellm.sock"
         checkpoint = _run("edgellm", "fetch", MODEL, capture=True).strip()
         _run("edgellm", "build", checkpoint, "-o", str(engine))
-        daemon = _start("edgellm", "serve", str(engine), "--endpoint", endpoint)
+        log = Path(folder) / "log"
+        daemon = _start("edgellm", "serve", str(engine), "--endpoint", endpoint, log=log)
+        shown = 0
         try:
             _wait_ready(daemon, endpoint)
-            _run("edgellm", "chat", "--endpoint", endpoint, "--temperature", "0", "-v", PROMPT)
+            shown = _show(log)
+            _run("edgellm", "chat", "--endpoint", endpoint, "-v", PROMPT)
         finally:
             daemon.send_signal(signal.SIGTERM)
             code = daemon.wait(STOP_TIMEOUT_S)
+            _show(log, shown)
         if code != 0:
             sys.exit(f"demo: the daemon ended with {code}")
     print("demo: done")
     return 0
 
 
-def _command(*words: str) -> list[str]:
-    print(f"\n$ {shlex.join(words)}", flush=True)
+def _command(*words: str, tail: str = "") -> list[str]:
+    print(f"\n$ {shlex.join(words)}{tail}", flush=True)
     # The edgellm of this very interpreter, whether or not its directory is on PATH.
     return [sys.executable, "-m", "edgellm", *words[1:]]
 
@@ -57,8 +61,17 @@ def _run(*words: str, capture: bool = False) -> str:
     return done.stdout or ""
 
 
-def _start(*words: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(_command(*words))
+def _start(*words: str, log: Path) -> subprocess.Popen[bytes]:
+    # Into a file: what the daemon logs while it answers would land in the middle of the answer.
+    with log.open("wb") as file:
+        return subprocess.Popen(_command(*words, tail=f" 2>{log} &"), stderr=file)
+
+
+def _show(log: Path, start: int = 0) -> int:
+    """Print a file from a byte on; gives its size."""
+    data = log.read_bytes()
+    print(f"\n$ tail -c +{start + 1} {log}\n{data[start:].decode()}", end="", flush=True)
+    return len(data)
 
 
 def _wait_ready(daemon: subprocess.Popen[bytes], endpoint: str) -> None:

@@ -13,6 +13,7 @@ tools/install.sh [OPTION…]: install edgellm as a system service. Run again at 
   --python PY         use this interpreter of the target, which has edgellm installed, and make no environment
   --drop-in NAME      switch on systemd/drop-ins/NAME.conf (may be repeated): cpu, gpu-devices, memory, memory-lock,
                       no-devices, tcp
+  --no-drop-in NAME   switch it off again (may be repeated)
   --uninstall         take everything away except /etc/edgellm, /var/lib/edgellm and the user
   --purge             with --uninstall: also /etc/edgellm and /var/lib/edgellm
 USAGE
@@ -28,13 +29,14 @@ wheels=
 base_python=python3
 python=
 drop_ins=()
+no_drop_ins=()
 uninstall=
 purge=
 changed=
 
 while [ $# -gt 0 ]; do
     case $1 in
-        --engine | --root | --wheels | --base-python | --python | --drop-in)
+        --engine | --root | --wheels | --base-python | --python | --drop-in | --no-drop-in)
             [ $# -ge 2 ] || die "$1 needs a value"
             case $1 in
                 --engine) engine=$2 ;;
@@ -43,6 +45,7 @@ while [ $# -gt 0 ]; do
                 --base-python) base_python=$2 ;;
                 --python) python=$2 ;;
                 --drop-in) drop_ins+=("$2") ;;
+                --no-drop-in) no_drop_ins+=("$2") ;;
             esac
             shift 2
             ;;
@@ -53,6 +56,7 @@ while [ $# -gt 0 ]; do
     esac
 done
 
+[ -z "$purge" ] || [ -n "$uninstall" ] || die "--purge goes with --uninstall; nothing was changed"
 [ "$(id -u)" = 0 ] || die "must run as root: it writes to /opt, /usr/lib and /etc of ${root:-this system}"
 if [ -n "$root" ]; then
     [ -d "$root" ] || die "--root $root is no directory"
@@ -64,6 +68,7 @@ prefix=/opt/edgellm
 units=$root/usr/lib/systemd/system
 own_drop_ins=$root/etc/systemd/system/edgellm.service.d
 link=$root/var/lib/edgellm/engine
+on_path=$root/usr/local/bin/edgellm
 
 live() { [ -z "$root" ] && [ -d /run/systemd/system ]; }
 on_target() { if [ -n "$root" ]; then chroot "$root" "$@"; else "$@"; fi; }
@@ -87,10 +92,15 @@ remove() {
     for file in "$here"/systemd/drop-ins/*.conf; do rm -f "$own_drop_ins/${file##*/}"; done
     rm -f "$own_drop_ins/engine-mount.conf"
     rmdir "$own_drop_ins" 2>/dev/null || true
+    if [ "$(readlink "$on_path" || true)" = "$prefix/bin/edgellm" ]; then rm -f "$on_path"; fi
     rm -rf "$root$prefix" "$root/usr/share/doc/edgellm"
     if live; then systemctl daemon-reload; fi
-    if [ -n "$purge" ]; then rm -rf "$root/etc/edgellm" "$root/var/lib/edgellm"; fi
-    say "removed; ${purge:+"only "}the user edgellm${purge:-", /etc/edgellm and /var/lib/edgellm"} stays"
+    if [ -n "$purge" ]; then
+        rm -rf "$root/etc/edgellm" "$root/var/lib/edgellm"
+        say "removed; only the user edgellm stays"
+    else
+        say "removed; the user edgellm, /etc/edgellm and /var/lib/edgellm stay"
+    fi
 }
 
 # The release's directory is named by version and content, so the same sources are installed once, and a changed
@@ -163,6 +173,15 @@ put_command() {
     printf '#!/bin/sh\nexec %s -m edgellm "$@"\n' "$1" >"$file"
     put "$file" "$root$prefix/bin/edgellm" 755
     rm -f "$file"
+    # For people: the unit does not need it.
+    if [ "$(readlink "$on_path" || true)" = "$prefix/bin/edgellm" ]; then return; fi
+    if [ -e "$on_path" ] || [ -L "$on_path" ]; then
+        say "kept ${on_path#"$root"}, which is not ours: $prefix/bin/edgellm is the command"
+        return
+    fi
+    mkdir -p "${on_path%/*}"
+    ln --symbolic "$prefix/bin/edgellm" "$on_path"
+    say "${on_path#"$root"} is $prefix/bin/edgellm"
 }
 
 use_engine() {
@@ -196,6 +215,12 @@ fi
 for name in "${drop_ins[@]}"; do
     [ -f "$here/systemd/drop-ins/$name.conf" ] || die "--drop-in $name: there is no systemd/drop-ins/$name.conf"
 done
+for name in "${no_drop_ins[@]}"; do
+    # Also one that an earlier version brought.
+    [ -f "$here/systemd/drop-ins/$name.conf" ] || [ -f "$own_drop_ins/$name.conf" ] ||
+        die "--no-drop-in $name: there is no systemd/drop-ins/$name.conf, and none is switched on"
+    for other in "${drop_ins[@]}"; do [ "$other" != "$name" ] || die "--drop-in and --no-drop-in $name: which?"; done
+done
 
 if [ -n "$python" ]; then
     on_target "$python" -c 'import edgellm' 2>/dev/null || die "--python $python: edgellm is not installed there"
@@ -211,6 +236,14 @@ put "$here/systemd/sysusers.d/edgellm.conf" "$root/usr/lib/sysusers.d/edgellm.co
 put "$here/systemd/tmpfiles.d/edgellm.conf" "$root/usr/lib/tmpfiles.d/edgellm.conf" 644
 put "$here/docs/operations.md" "$root/usr/share/doc/edgellm/operations.md" 644
 for name in "${drop_ins[@]}"; do put "$here/systemd/drop-ins/$name.conf" "$own_drop_ins/$name.conf" 644; done
+for name in "${no_drop_ins[@]}"; do
+    if [ -e "$own_drop_ins/$name.conf" ]; then
+        rm "$own_drop_ins/$name.conf"
+        say "removed ${own_drop_ins#"$root"}/$name.conf"
+        changed=yes
+    fi
+done
+rmdir "$own_drop_ins" 2>/dev/null || true
 if [ -e "$root/etc/edgellm/edgellm.toml" ]; then
     say "kept /etc/edgellm/edgellm.toml"
 else

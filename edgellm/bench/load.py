@@ -20,6 +20,7 @@ import zmq
 from numpy.typing import NDArray
 
 from edgellm import protocol
+from edgellm.curve import secure_client
 from edgellm.errors import ConnectionLost, ProtocolError, RequestTimeout
 from edgellm.protocol import Accepted, Delta, Done, Error
 
@@ -65,7 +66,7 @@ class Load:
     """A connection that requests are sent over.
 
     Args:
-        endpoint: the daemon's, `ipc://…`.
+        endpoint: the daemon's; over tcp with the keys that the environment names.
         clock: seconds, monotonic.
         stall_s: how long nothing at all may arrive while requests are open.
     """
@@ -88,6 +89,7 @@ class Load:
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
+        secure_client(self._socket, endpoint, None)
         self._socket.connect(endpoint)
         self._last_id = 0
         self._open: dict[int, Trace] = {}

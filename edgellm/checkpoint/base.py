@@ -84,8 +84,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: there is none, it is damaged, or of an unsupported format or architecture.
     """
+    try:
+        files = sorted(path.iterdir()) if path.is_dir() else None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+
     # Imported here, so that a family of formats is paid for only by those who open it.
-    if path.is_dir() and (path / "config.json").exists():
+    if files is not None and path / "config.json" in files:
         from edgellm.checkpoint.huggingface import HuggingFaceCheckpoint
 
         return HuggingFaceCheckpoint(path)
@@ -93,10 +98,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     from edgellm.checkpoint.gguf_model import GgufCheckpoint
     from edgellm.checkpoint.safetensors import refuse_pickles
 
-    if path.is_dir():
-        ggufs = sorted(path.glob("*.gguf"))
+    if files is not None:
+        ggufs = [file for file in files if file.suffix == ".gguf"]
         if len(ggufs) != 1:
-            refuse_pickles(path.iterdir())
+            refuse_pickles(files)
             raise CheckpointError(
                 f"{path} is a directory with {len(ggufs) or 'no'} GGUF files and no config.json; "
                 "name the .gguf file to build, or a model directory"

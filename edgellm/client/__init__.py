@@ -41,6 +41,7 @@ from edgellm.client.answers import (
 )
 from edgellm.client.client import Client, Stream
 from edgellm.client.events import Events, subscribe
+from edgellm.curve import CurveKeys
 
 if TYPE_CHECKING:
     from edgellm.client.asynchronous import AsyncClient, AsyncStream
@@ -50,6 +51,7 @@ __all__ = [
     "AsyncClient",
     "AsyncStream",
     "Client",
+    "CurveKeys",
     "Decision",
     "Delta",
     "Events",

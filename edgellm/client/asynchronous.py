@@ -22,10 +22,11 @@ from edgellm.client.answers import (
     read_delta,
 )
 from edgellm.client.asynchronous_link import AsyncLink
-from edgellm.client.client import READY_POLL_S
-from edgellm.client.link import listed
+from edgellm.client.client import READY_POLL_S, not_ready
+from edgellm.client.link import listed, obstacle, worth_trying
 from edgellm.client.requests import Messages, Options
 from edgellm.client.session import Reply
+from edgellm.curve import CurveKeys
 from edgellm.errors import (
     ClientError,
     EdgellmError,
@@ -53,13 +54,20 @@ class AsyncClient:
         *,
         timeout: float = 120.0,
         connect_timeout: float = 2.0,
+        curve: CurveKeys | None = None,
     ) -> None:
         self.endpoints = listed(endpoints)
         self._timeout = timeout
         self._connect_timeout = connect_timeout
+        self._curve = curve
         self._context = zmq.asyncio.Context()
         self._link: AsyncLink | None = None
         self._choosing = asyncio.Lock()
+
+    @property
+    def endpoint(self) -> str | None:
+        """The one of `endpoints` that is in use; None before anything was asked."""
+        return None if self._link is None else self._link.endpoint
 
     async def chat(
         self, messages: Messages, *, timeout: float | None = None, **options: Unpack[Options]
@@ -137,12 +145,13 @@ class AsyncClient:
         Raises:
             RequestTimeout: none was in time; says what was heard last.
         """
+        self._check_open()
         loop = asyncio.get_running_loop()
         end = loop.time() + timeout
         heard = "nothing answered"
         while (left := end - loop.time()) > 0:
-            for endpoint in self.endpoints:
-                link = AsyncLink(self._context, endpoint, min(left, 1.0))
+            for endpoint in worth_trying(self.endpoints):
+                link = AsyncLink(self._context, endpoint, min(left, 1.0), self._curve)
                 try:
                     health = read(Health, await link.ask({"op": "health"}, min(left, 1.0)))
                 except ClientError:
@@ -153,9 +162,7 @@ class AsyncClient:
                     return health
                 heard = f"{health.status}, {health.phase} {health.progress:.0%}"
             await asyncio.sleep(min(READY_POLL_S, max(0.0, end - loop.time())))
-        raise RequestTimeout(
-            f"no daemon is ready at {', '.join(self.endpoints)} after {timeout:g} s: {heard}"
-        )
+        raise RequestTimeout(not_ready(self.endpoints, timeout, heard))
 
     async def close(self) -> None:
         """Close the connection: what is still open ends at the daemon. Idempotent."""
@@ -186,11 +193,16 @@ class AsyncClient:
             link = await self._connected(instead_of=link)
             return await link.ask(fields, self._wait(timeout))
 
+    def _check_open(self) -> None:
+        if self._context.closed:
+            raise ClientError("this client has been closed: make another one")
+
     async def _connected(self, *, any_phase: bool = False, instead_of: AsyncLink | None = None) -> AsyncLink:
         """The connection in use; a new one if it is lost, or is `instead_of`.
 
         One that is given up for another stays open for the requests that are still on it.
         """
+        self._check_open()
         async with self._choosing:
             if self._link is not None and (self._link.gone or self._link is instead_of):
                 self._link.retire()
@@ -201,19 +213,36 @@ class AsyncClient:
 
     async def _choose(self, any_phase: bool) -> AsyncLink:
         if len(self.endpoints) == 1:
-            return AsyncLink(self._context, self.endpoints[0], self._connect_timeout)
-        heard = []
+            return AsyncLink(self._context, self.endpoints[0], self._connect_timeout, self._curve)
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self._connect_timeout
+        while not (present := worth_trying(self.endpoints)) and loop.time() < end:
+            await asyncio.sleep(READY_POLL_S)
+        heard, answered = [], []
         for endpoint in self.endpoints:
-            link = AsyncLink(self._context, endpoint, self._connect_timeout)
+            if endpoint not in present:
+                heard.append(obstacle(endpoint))
+                continue
+            link = AsyncLink(self._context, endpoint, self._connect_timeout, self._curve)
             try:
                 health = read(Health, await link.ask({"op": "health"}, self._connect_timeout))
-                if health.ready or any_phase:
-                    return link
-                heard.append(f"{endpoint} is {health.status}")
             except EdgellmError as error:
                 heard.append(str(error))
+                await link.close()
+                continue
+            answered.append(link)
+            if health.ready or any_phase:
+                break
+            heard.append(f"{endpoint} is {health.status}")
+        else:
+            if len(answered) != 1:
+                for link in answered:
+                    await link.close()
+                raise Unreachable("no daemon is ready: " + "; ".join(heard))
+        *others, chosen = answered
+        for link in others:
             await link.close()
-        raise Unreachable("no daemon is ready: " + "; ".join(heard))
+        return chosen
 
 
 class AsyncStream:

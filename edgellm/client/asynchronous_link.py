@@ -9,25 +9,33 @@ from typing import Any
 import zmq
 import zmq.asyncio
 
-from edgellm.client.link import LINGER_MS, WATCHED, connect, dealer, heard
+from edgellm.client.link import LINGER_MS, WATCHED, connect, dealer, heard, obstacle, unknown_key
 from edgellm.client.session import Reply, Session
+from edgellm.curve import CurveKeys
 from edgellm.errors import ConnectionLost, EdgellmError, RequestTimeout, Unreachable
 
 
 class AsyncLink:
     """A DEALER to one endpoint, what is open on it, and the tasks that read it."""
 
-    def __init__(self, context: zmq.asyncio.Context, endpoint: str, connect_timeout: float) -> None:
+    def __init__(
+        self,
+        context: zmq.asyncio.Context,
+        endpoint: str,
+        connect_timeout: float,
+        curve: CurveKeys | None = None,
+    ) -> None:
         self.endpoint = endpoint
         self.gone = False
         self._connect_timeout = connect_timeout
         self._session = Session()
         self._news: dict[int, asyncio.Event] = {}
         self._retired = False
+        self._refused = False
         self._socket: zmq.asyncio.Socket = dealer(context)
         self._monitor = self._socket.get_monitor_socket(WATCHED)
         self._greeted = asyncio.Event()
-        connect(self._socket, endpoint, self._close_sockets)
+        connect(self._socket, endpoint, self._close_sockets, curve)
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]
 
     async def ask(self, fields: dict[str, Any], timeout: float) -> Reply:
@@ -46,7 +54,9 @@ class AsyncLink:
         try:
             await asyncio.wait_for(self._greeted.wait(), self._connect_timeout)
         except asyncio.TimeoutError:
-            raise Unreachable(f"nothing serves at {self.endpoint}") from None
+            raise Unreachable(obstacle(self.endpoint)) from None
+        if self._refused:
+            raise Unreachable(unknown_key(self.endpoint))
         id_, payload = self._session.open(fields)
         self._news[id_] = asyncio.Event()
         try:
@@ -117,6 +127,9 @@ class AsyncLink:
             greeted, gone = heard(await self._monitor.recv_multipart(), self._greeted.is_set())
             if greeted:
                 self._greeted.set()
+        if not self._greeted.is_set():
+            self._refused = self.gone = True
+            self._greeted.set()  # so that nobody waits for it
         # The daemon's last words may have arrived and not been read yet.
         while await self._socket.poll(0):
             await asyncio.sleep(0)

@@ -22,10 +22,13 @@ from edgellm.client.answers import (
     read_answer,
     read_delta,
 )
-from edgellm.client.link import Link, listed
+from edgellm.client.link import Link, listed, obstacle, worth_trying
 from edgellm.client.requests import Messages, Options
 from edgellm.client.session import Reply
+from edgellm.curve import CurveKeys
+from edgellm.endpoint import barrier
 from edgellm.errors import (
+    BadKeys,
     ClientError,
     EdgellmError,
     Loading,
@@ -44,17 +47,20 @@ class Client:
     """Asks an edgellm daemon. For one thread at a time; several streams may be open and read in turn.
 
     Connects when first used, and again after the daemon was gone. With several endpoints the first whose
-    daemon is ready is used until it goes away or stops; a request that it then refuses goes to the next.
+    daemon is ready is used until it goes away or stops; a request that it then refuses goes to the next. If
+    only one answers, it is asked whether it is ready or not, and its own refusal is the error.
 
     Args:
-        endpoints: where to look, in order; by default `edgellm.endpoint.default_endpoint()`.
+        endpoints: where to look, in order; by default `edgellm.endpoint.client_endpoints()`.
         timeout: seconds to wait for the next message of an answer: all of it, where it is not streamed.
         connect_timeout: seconds for a daemon to take a request.
+        curve: keys for tcp; by default those that $EDGELLM_CURVE_SECRET_KEY and $EDGELLM_CURVE_SERVER_KEY
+            name.
 
     Raises:
         RequestError: the daemon refused or ended the request; one subclass for each code of the protocol.
-        RequestTimeout, Unreachable, ConnectionLost, ProtocolError: there was no answer. All methods that
-            ask something raise these.
+        RequestTimeout, Unreachable, ConnectionLost, BadKeys, ProtocolError: there was no answer. All
+            methods that ask something raise these.
     """
 
     def __init__(
@@ -63,12 +69,19 @@ class Client:
         *,
         timeout: float = 120.0,
         connect_timeout: float = 2.0,
+        curve: CurveKeys | None = None,
     ) -> None:
         self.endpoints = listed(endpoints)
         self._timeout = timeout
         self._connect_timeout = connect_timeout
+        self._curve = curve
         self._context = zmq.Context()
         self._link: Link | None = None
+
+    @property
+    def endpoint(self) -> str | None:
+        """The one of `endpoints` that is in use; None before anything was asked."""
+        return None if self._link is None else self._link.endpoint
 
     def chat(self, messages: Messages, *, timeout: float | None = None, **options: Unpack[Options]) -> Answer:
         """Answer a conversation, or a single question."""
@@ -144,22 +157,25 @@ class Client:
         Raises:
             RequestTimeout: none was in time; says what was heard last.
         """
+        self._check_open()
         end = time.monotonic() + timeout
         heard = "nothing answered"
         while (left := end - time.monotonic()) > 0:
-            for endpoint in self.endpoints:
+            for endpoint in worth_trying(self.endpoints):
                 try:
-                    with contextlib.closing(Link(self._context, endpoint, min(left, 1.0))) as link:
+                    with contextlib.closing(
+                        Link(self._context, endpoint, min(left, 1.0), self._curve)
+                    ) as link:
                         health = read(Health, link.ask({"op": "health"}, min(left, 1.0)))
+                except BadKeys:
+                    raise
                 except ClientError:
                     continue
                 if health.ready:
                     return health
                 heard = f"{health.status}, {health.phase} {health.progress:.0%}"
             time.sleep(min(READY_POLL_S, max(0.0, end - time.monotonic())))
-        raise RequestTimeout(
-            f"no daemon is ready at {', '.join(self.endpoints)} after {timeout:g} s: {heard}"
-        )
+        raise RequestTimeout(not_ready(self.endpoints, timeout, heard))
 
     def close(self) -> None:
         """Close the connection: what is still open ends at the daemon. Idempotent."""
@@ -187,7 +203,12 @@ class Client:
             self._disconnect()
             return self._connected().ask(fields, self._wait(timeout))
 
+    def _check_open(self) -> None:
+        if self._context.closed:
+            raise ClientError("this client has been closed: make another one")
+
     def _connected(self, *, any_phase: bool = False) -> Link:
+        self._check_open()
         if self._link is not None and self._link.lost():
             self._disconnect()
         if self._link is None:
@@ -196,24 +217,46 @@ class Client:
 
     def _choose(self, any_phase: bool) -> Link:
         if len(self.endpoints) == 1:
-            return Link(self._context, self.endpoints[0], self._connect_timeout)
-        heard = []
+            return Link(self._context, self.endpoints[0], self._connect_timeout, self._curve)
+        end = time.monotonic() + self._connect_timeout
+        while not (present := worth_trying(self.endpoints)) and time.monotonic() < end:
+            time.sleep(READY_POLL_S)
+        heard, answered = [], []
         for endpoint in self.endpoints:
-            link = Link(self._context, endpoint, self._connect_timeout)
+            if endpoint not in present:
+                heard.append(obstacle(endpoint))
+                continue
+            link = Link(self._context, endpoint, self._connect_timeout, self._curve)
             try:
                 health = read(Health, link.ask({"op": "health"}, self._connect_timeout))
-                if health.ready or any_phase:
-                    return link
-                heard.append(f"{endpoint} is {health.status}")
             except EdgellmError as error:
                 heard.append(str(error))
+                link.close()
+                continue
+            answered.append(link)
+            if health.ready or any_phase:
+                break
+            heard.append(f"{endpoint} is {health.status}")
+        else:
+            if len(answered) != 1:
+                for link in answered:
+                    link.close()
+                raise Unreachable("no daemon is ready: " + "; ".join(heard))
+        *others, chosen = answered
+        for link in others:
             link.close()
-        raise Unreachable("no daemon is ready: " + "; ".join(heard))
+        return chosen
 
     def _disconnect(self) -> None:
         if self._link is not None:
             self._link.close()
             self._link = None
+
+
+def not_ready(endpoints: Sequence[str], timeout: float, heard: str) -> str:
+    """What to say when waiting was in vain."""
+    barred = "".join(f"; {reason}" for each in endpoints if (reason := barrier(each)))
+    return f"no daemon is ready at {', '.join(endpoints)} after {timeout:g} s: {heard}{barred}"
 
 
 class Stream:

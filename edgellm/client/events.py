@@ -11,10 +11,11 @@ import msgpack
 import zmq
 
 from edgellm.client.answers import StateChange, Statistics, read
-from edgellm.client.link import INTERRUPT_S, connect
+from edgellm.client.link import INTERRUPT_S, connect, listed, worth_trying
 from edgellm.client.session import VERSION
-from edgellm.endpoint import default_endpoint, events_endpoint
-from edgellm.errors import ProtocolError, RequestTimeout
+from edgellm.curve import CurveKeys
+from edgellm.endpoint import barrier, events_endpoint
+from edgellm.errors import ClientError, ProtocolError, RequestTimeout
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -33,21 +34,28 @@ def subscribe(
     at: str | None = None,
     topics: Sequence[str] = tuple(KINDS),
     silence: float | None = None,
+    curve: CurveKeys | None = None,
 ) -> Events:
     """Listen to a daemon; iterate over what this returns. The daemon need not run yet, and may come and go.
 
     The first `stats` tells the current state, a second after connecting at the latest.
 
     Args:
-        endpoint: the daemon's; by default `edgellm.endpoint.default_endpoint()`.
+        endpoint: the daemon's; by default the first of `edgellm.endpoint.client_endpoints()` that is there,
+            and as long as none is, whichever comes.
         at: where it publishes, if `server.events_endpoint` is configured.
         topics: `state`, `stats` or both.
         silence: seconds without an event that end the iteration with RequestTimeout; None: never.
+        curve: keys for tcp, as `Client`'s.
 
     Raises:
         Unreachable: an endpoint that is none.
+        BadKeys: tcp without keys, or with files that hold none.
     """
-    return Events(at or events_endpoint(endpoint or default_endpoint()), topics=topics, silence=silence)
+    places = [at] if at else [events_endpoint(each) for each in listed(endpoint)]
+    if len(places) > 1:
+        places = worth_trying(places)[:1] or places
+    return Events(places, topics=topics, silence=silence, curve=curve)
 
 
 class Events:
@@ -56,8 +64,16 @@ class Events:
     Whoever reads too slowly misses events: the daemon waits for nobody.
     """
 
-    def __init__(self, endpoint: str, *, topics: Sequence[str], silence: float | None) -> None:
-        self.endpoint = endpoint
+    def __init__(
+        self,
+        endpoints: Sequence[str],
+        *,
+        topics: Sequence[str],
+        silence: float | None,
+        curve: CurveKeys | None = None,
+    ) -> None:
+        self.endpoint = ", ".join(endpoints)
+        self._endpoints = endpoints
         self._silence = silence
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.SUB)
@@ -65,7 +81,8 @@ class Events:
         self._socket.setsockopt(zmq.RCVHWM, HIGH_WATER)
         for topic in topics:
             self._socket.subscribe(topic)
-        connect(self._socket, endpoint, self.close)
+        for endpoint in endpoints:
+            connect(self._socket, endpoint, self.close, curve)
 
     def receive(self, timeout: float | None = None) -> Event:
         """Wait for the next event.
@@ -73,7 +90,10 @@ class Events:
         Raises:
             RequestTimeout: none came for `timeout` seconds.
             ProtocolError: what publishes there is not an edgellm of this version.
+            ClientError: this has been closed.
         """
+        if self._socket.closed:
+            raise ClientError("this subscription has been closed: make another one")
         end = None if timeout is None else time.monotonic() + timeout
         while True:
             left = INTERRUPT_S if end is None else min(INTERRUPT_S, end - time.monotonic())
@@ -81,7 +101,8 @@ class Events:
                 if (event := _read(self._socket.recv_multipart())) is not None:
                     return event
             elif end is not None and time.monotonic() >= end:
-                raise RequestTimeout(f"nothing was published at {self.endpoint} within {timeout:g} s")
+                barred = "".join(f"; {reason}" for each in self._endpoints if (reason := barrier(each)))
+                raise RequestTimeout(f"nothing was published at {self.endpoint} within {timeout:g} s{barred}")
 
     def close(self) -> None:
         """Stop listening; idempotent."""

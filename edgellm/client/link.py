@@ -11,8 +11,9 @@ from typing import Any
 import zmq
 
 from edgellm.client.session import Reply, Session
-from edgellm.endpoint import default_endpoint
-from edgellm.errors import ConnectionLost, EdgellmError, RequestTimeout, Unreachable
+from edgellm.curve import CurveKeys, secure_client
+from edgellm.endpoint import barrier, client_endpoints, is_absent
+from edgellm.errors import BadKeys, ConnectionLost, EdgellmError, RequestTimeout, Unreachable
 
 LINGER_MS = 200
 """How long closing waits for a last cancel to leave."""
@@ -20,7 +21,7 @@ LINGER_MS = 200
 INTERRUPT_S = 0.25
 """Longest sleep in libzmq: a Ctrl-C that arrives on the way into it is only seen when it returns."""
 
-WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 """What a client wants to be told of its connection."""
 
 
@@ -28,7 +29,11 @@ class Link:
     """A DEALER to one endpoint, and what is open on it."""
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, connect_timeout: float
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        connect_timeout: float,
+        curve: CurveKeys | None = None,
     ) -> None:
         self.endpoint = endpoint
         self._connect_timeout = connect_timeout
@@ -37,7 +42,7 @@ class Link:
         self._gone = False
         self._socket = dealer(context)
         self._monitor = self._socket.get_monitor_socket(WATCHED)
-        connect(self._socket, endpoint, self.close)
+        connect(self._socket, endpoint, self.close, curve)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
@@ -58,8 +63,10 @@ class Link:
         while not self._greeted:
             self._monitor.poll(max(0, int(1000 * (end - time.monotonic()))))
             self._read()
+            if self._gone:
+                raise Unreachable(unknown_key(self.endpoint))
             if not self._greeted and time.monotonic() >= end:
-                raise Unreachable(f"nothing serves at {self.endpoint}")
+                raise Unreachable(obstacle(self.endpoint))
         if not self._socket.poll(max(0, int(1000 * (end - time.monotonic()))), zmq.POLLOUT):
             raise Unreachable(f"the daemon at {self.endpoint} takes no requests")
         id_, payload = self._session.open(fields)
@@ -120,8 +127,25 @@ class Link:
 def listed(endpoints: str | Sequence[str] | None) -> list[str]:
     """The endpoints to try, in order."""
     if endpoints is None:
-        return [default_endpoint()]
+        return client_endpoints()
     return [endpoints] if isinstance(endpoints, str) else list(endpoints)
+
+
+def obstacle(endpoint: str) -> str:
+    """Why nobody is heard at an endpoint."""
+    if endpoint.startswith("tcp://"):  # a daemon with another key cannot be told from silence
+        return f"nothing serves at {endpoint} under the public key that this client has of the daemon"
+    return barrier(endpoint) or f"nothing serves at {endpoint}"
+
+
+def unknown_key(endpoint: str) -> str:
+    """What to say when a daemon refuses this client's key."""
+    return f"{endpoint} does not know this client's key: put its NAME.key into server.curve_clients there"
+
+
+def worth_trying(endpoints: Sequence[str]) -> list[str]:
+    """Those of several endpoints that lead somewhere. One that does not would cost a whole timeout."""
+    return [each for each in endpoints if barrier(each) is None and not is_absent(each)]
 
 
 def dealer(context: zmq.Context[Any]) -> Any:
@@ -136,19 +160,31 @@ def dealer(context: zmq.Context[Any]) -> Any:
 
 
 def heard(event: list[bytes], greeted: bool) -> tuple[bool, bool]:
-    """What a monitor's event means: whether the daemon has been met, and whether it is gone again."""
+    """What a monitor's event means: whether the daemon has been met, and whether it is gone again.
+
+    Who is refused for its key has lost it, too: libzmq does not try again.
+    """
     (number,) = struct.unpack_from("=H", event[0])  # zmq_socket_monitor(3)
+    if number == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+        return greeted, True
     return greeted or number == zmq.EVENT_HANDSHAKE_SUCCEEDED, greeted and number == zmq.EVENT_DISCONNECTED
 
 
-def connect(socket: Any, endpoint: str, close: Any) -> None:
-    """Connect, which only a malformed endpoint can fail.
+def connect(socket: Any, endpoint: str, close: Any, curve: CurveKeys | None) -> None:
+    """Connect, which only a malformed endpoint can fail, and over tcp missing keys.
 
     Raises:
         Unreachable: saying how an endpoint is written.
+        BadKeys: saying what is wrong with them.
     """
     try:
+        secure_client(socket, endpoint, curve)
         socket.connect(endpoint)
+    except BadKeys:
+        close()
+        raise
     except zmq.ZMQError as error:
         close()
-        raise Unreachable(f"{endpoint!r} is not an endpoint ({error.strerror}): use ipc://PATH") from None
+        raise Unreachable(
+            f"{endpoint!r} is not an endpoint ({error.strerror}): use ipc://PATH or tcp://HOST:PORT"
+        ) from None

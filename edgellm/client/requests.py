@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 Messages = str | Sequence[Mapping[str, str]]
@@ -38,8 +39,7 @@ def chat(messages: Messages, stream: bool, options: Options) -> dict[str, Any]:
 
 def generate(prompt: str | Sequence[int], stream: bool, options: Options) -> dict[str, Any]:
     """The fields of a `generate`."""
-    plain = prompt if isinstance(prompt, str) else [int(token) for token in prompt]
-    return {"op": "generate", "prompt": plain, "stream": stream, **_plain(options)}
+    return {"op": "generate", "prompt": _prompt(prompt), "stream": stream, **_plain(options)}
 
 
 def tokenize(text: str | None, messages: Messages | None) -> dict[str, Any]:
@@ -64,19 +64,35 @@ def resume(everyone: bool) -> dict[str, Any]:
     return {"op": "resume", "all": everyone}
 
 
-def turns(messages: Messages) -> list[dict[str, str]]:
-    """A conversation in the wire's form."""
+def turns(messages: Messages) -> Any:
+    """A conversation in the wire's form. What is none goes as it is: the daemon's refusal names the field."""
     if isinstance(messages, str):
         return [{"role": "user", "content": messages}]
-    return [dict(message) for message in messages]
+    if not isinstance(messages, Iterable) or isinstance(messages, Mapping):
+        return messages
+    return [dict(message) if isinstance(message, Mapping) else message for message in messages]
+
+
+def _prompt(prompt: str | Sequence[int]) -> Any:
+    """Token ids as plain ints, whichever integers they are; what is neither text nor ids goes as it is."""
+    if isinstance(prompt, str) or not isinstance(prompt, Iterable):
+        return prompt
+    tokens = list(prompt)
+    try:
+        return [operator.index(token) for token in tokens]
+    except TypeError:
+        return tokens
 
 
 def _plain(options: Options) -> dict[str, Any]:
     """Options as msgpack can write them; None means absent."""
     fields: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if "logit_bias" in fields:
-        fields["logit_bias"] = dict(fields["logit_bias"])
+        bias = fields["logit_bias"]
+        fields["logit_bias"] = dict(bias) if isinstance(bias, Mapping) else bias
     if "stop" in fields:
         stop = fields["stop"]
-        fields["stop"] = [stop] if isinstance(stop, str) else list(stop)
+        if isinstance(stop, str):
+            stop = [stop]
+        fields["stop"] = list(stop) if isinstance(stop, Iterable) else stop
     return fields

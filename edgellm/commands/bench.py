@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from edgellm.commands.flags import seconds
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -60,8 +62,8 @@ ENDPOINT = {
     ),
     "slo_ttft_ms": _Flag(("--slo-ttft-ms",), None, float, "MS", "goodput: time to first token"),
     "slo_itl_ms": _Flag(("--slo-itl-ms",), None, float, "MS", "goodput: a request's mean time per token"),
-    "wait": _Flag(("--wait",), 60.0, float, "S", "for the daemon to be ready (default 60)"),
-    "timeout": _Flag(("--timeout",), 60.0, float, "S", "give up after hearing nothing (default 60)"),
+    "wait": _Flag(("--wait",), 60.0, seconds, "S", "for the daemon to be ready (default 60)"),
+    "timeout": _Flag(("--timeout",), 60.0, seconds, "S", "give up after hearing nothing (default 60)"),
     "seed": _Flag(("--seed",), None, int, "N", "of prompts and arrivals (default: another one each run)"),
 }
 
@@ -130,7 +132,7 @@ def _bare(args: argparse.Namespace) -> Report:
         "depths": counts("depths"),
         "batches": counts("batches", least=1),
     }
-    engine = open_engine(args.engine)
+    engine = open_engine(args.engine.absolute())
     workloads = compose(engine.build, **asked)
     with progress_bar() as progress:
         verify_engine(engine, progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from edgellm.checkpoint import open_checkpoint
     from edgellm.commands.progress import progress_bar
+    from edgellm.engine_draft import remove_abandoned_drafts
     from edgellm.enginedir import new_engine, seal
 
     started = time.monotonic()
@@ -88,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
         max_num_tokens=args.max_num_tokens,
     )
     config = _engine_config(args, checkpoint, build)
+    for draft in remove_abandoned_drafts(args.output.resolve()):
+        print(f"removed {draft}, left by a build that was killed", file=sys.stderr)
     with _sigterm_raises(), progress_bar() as progress, new_engine(args.output) as draft:
         _write_text(checkpoint, draft)
         _write_network(args, checkpoint, draft, build, progress)
@@ -96,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     size = sum(record.bytes for record in config.edgellm.files.values())
     print(
         f"{args.output}: {config.edgellm.model_name}, {size / 1e6:.1f} MB, "
-        f"{build.max_batch_size} slots of {build.max_seq_len} tokens, steps of {build.max_num_tokens}, "
+        f"{build.slots}, steps of {build.max_num_tokens}, "
         f"{args.executor} {args.compute}, built in {time.monotonic() - started:.1f} s"
     )
     return 0

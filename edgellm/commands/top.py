@@ -7,9 +7,13 @@ import collections
 import contextlib
 import dataclasses
 import json
+import os
+import select
 import sys
+import termios
 import time
-from collections.abc import Iterable
+import tty
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
@@ -26,6 +30,9 @@ SILENCE_S = 3.0
 RATE_S = 0.5
 """--once measures tokens per second for so long."""
 
+LOOK_S = 0.2
+"""How often the keyboard is looked at."""
+
 CHANGES = 5
 """Changes of state that are kept in view."""
 
@@ -37,9 +44,13 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = subparsers.add_parser(
         "top",
         help="watch a running daemon",
-        description="Watch a running daemon: state, load, temperature. Without a terminal: as --once.",
+        description="Watch a running daemon: state, load, temperature. q leaves. Not a terminal: as --once.",
     )
-    parser.add_argument("--endpoint", metavar="URL", help="the daemon's socket (or $EDGELLM_ENDPOINT)")
+    parser.add_argument(
+        "--endpoint",
+        metavar="URL",
+        help="the daemon's socket (default: $EDGELLM_ENDPOINT, or your own daemon, or the system service)",
+    )
     parser.add_argument(
         "--events", metavar="URL", help="where it publishes, if server.events_endpoint is configured"
     )
@@ -49,26 +60,33 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    """Watch until Ctrl-C; the exit code."""
+    """Watch until q or Ctrl-C; the exit code."""
     from edgellm.client import Client, subscribe
     from edgellm.errors import ClientError
 
     try:
         with Client(args.endpoint) as client:
+            status = _without_us(client.status())
             if args.once or not (args.json or sys.stdout.isatty()):
-                before = client.status()
                 time.sleep(RATE_S)
-                _print_once(before, client.status(), as_json=args.json)
+                _print_once(status, _without_us(client.status()), as_json=args.json)
                 return 0
-            with subscribe(client.endpoints[0], at=args.events, silence=SILENCE_S) as events:
-                if args.json:
-                    _print_events(events)
-                with contextlib.suppress(KeyboardInterrupt):  # the way out
-                    _watch(client.status(), events)
-                return 0
+            endpoint = client.endpoint
+        # The client is gone: it would be counted.
+        with subscribe(endpoint, at=args.events, silence=SILENCE_S) as events:
+            if args.json:
+                _print_events(events)
+            with contextlib.suppress(KeyboardInterrupt):
+                _watch(status, events)
+            return 0
     except ClientError as error:
         print(f"edgellm top: {error}", file=sys.stderr)
         return UNAVAILABLE
+
+
+def _without_us(status: Status) -> Status:
+    """A status that was asked for counts who asked."""
+    return dataclasses.replace(status, clients=max(0, status.clients - 1))
 
 
 def _print_once(before: Status, after: Status, *, as_json: bool) -> None:
@@ -90,7 +108,8 @@ def _print_events(events: Events) -> NoReturn:
     raise AssertionError("events have no end")
 
 
-def _watch(status: Status, events: Events) -> NoReturn:
+def _watch(status: Status, events: Events) -> None:
+    """Until q is pressed."""
     from rich.live import Live
 
     from edgellm.client import StateChange
@@ -98,21 +117,47 @@ def _watch(status: Status, events: Events) -> NoReturn:
 
     changes: collections.deque[StateChange] = collections.deque(maxlen=CHANGES)
     speed = Speed(status)
-    silent = ""
-    with Live(_table(status, speed, changes, silent), screen=True, auto_refresh=False) as live:
-        while True:
+    heard, silent = time.monotonic(), ""
+    with (
+        _keys() as keys,
+        Live(_table(status, speed, changes, silent), screen=True, auto_refresh=False) as live,
+    ):
+        while "q" not in keys():
             try:
-                event = next(events)
-            except RequestTimeout as timeout:
-                silent = str(timeout)  # it may be restarting: go on listening
+                event = events.receive(LOOK_S)
+            except RequestTimeout:
+                if time.monotonic() - heard < SILENCE_S:
+                    continue
+                silent = f"{events.endpoint} is silent"  # it may be restarting: go on listening
             else:
-                silent = ""
+                heard, silent = time.monotonic(), ""
                 if isinstance(event, StateChange):
                     changes.append(event)
                 else:
                     status = event
                     speed.take(event)
             live.update(_table(status, speed, changes, silent), refresh=True)
+
+
+@contextlib.contextmanager
+def _keys() -> Iterator[Callable[[], str]]:
+    """Keys that were pressed since the last call; none where stdin is no terminal."""
+    if not sys.stdin.isatty():
+        yield lambda: ""
+        return
+    descriptor = sys.stdin.fileno()
+    before = termios.tcgetattr(descriptor)
+    tty.setcbreak(descriptor)  # a key at a time, unseen; Ctrl-C stays what it is
+    try:
+        yield (
+            lambda: (
+                os.read(descriptor, 64).decode(errors="replace")
+                if select.select([descriptor], [], [], 0)[0]
+                else ""
+            )
+        )
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
 
 
 def _table(status: Status, speed: Speed, changes: Iterable[StateChange], silent: str) -> Table:
@@ -131,6 +176,7 @@ def _table(status: Status, speed: Speed, changes: Iterable[StateChange], silent:
         table.add_row(clock, Text(f"{arrow}{change.state}: {change.detail}", STYLES.get(change.state, "")))
     if silent:
         table.add_row("", Text(silent, style="red"))
+    table.add_row("", Text("q or Ctrl-C: leave", style="dim"))
     return table
 
 
@@ -157,14 +203,14 @@ class Speed:
 def describe(status: Status, speed: Speed) -> list[tuple[str, str]]:
     """Names and values, in the order in which they are shown."""
     state = status.state or status.status
+    if status.state is not None and status.status != "ready":
+        state = f"{state}  {status.status}"
     if status.reason not in (None, "none"):
         state = f"{state}  {status.reason}: {status.detail}"
-    elif status.state is not None and status.status != "ready":
-        state = f"{state}  {status.status}"
     return [
         ("state", state),
         ("may run", f"{status.batch_cap} of {status.slots} slots, duty {status.duty:.2f}"),
-        ("requests", f"{status.running} running, {status.queued} queued, {status.clients} clients"),
+        ("requests", f"{status.running} running, {status.queued} queued, {_clients(status.clients)}"),
         ("tokens/s", f"{_number(speed.generated)} generated, {_number(speed.prompt)} prompt"),
         ("temperature", _temperature(status)),
         ("power", "unknown" if status.watts is None else f"{status.watts:.1f} W"),
@@ -175,6 +221,10 @@ def describe(status: Status, speed: Speed) -> list[tuple[str, str]]:
         ("so far", _so_far(status)),
         ("up", _duration(status.uptime_s)),
     ]
+
+
+def _clients(count: int) -> str:
+    return "1 client" if count == 1 else f"{count} clients"
 
 
 def _temperature(status: Status) -> str:

@@ -16,7 +16,9 @@ RELEASE_KEY = "PRETTY_NAME="
 def check_board(host: Host) -> Iterator[Finding]:
     """The board and its release; a Tegra that is not an Orin was never thought of."""
     board = host.board
-    if board.family is Family.GENERIC:
+    if not host.running and board.family in (Family.GENERIC, Family.OTHER_TEGRA):
+        yield Finding.not_asked("board", "the device tree of a running system says which one it is")
+    elif board.family is Family.GENERIC:
         yield Finding("board", Level.OK, board.name, "no NVIDIA SoC: the CPU executor serves")
     elif board.family is Family.OTHER_TEGRA:
         yield Finding(
@@ -54,5 +56,5 @@ def _software(host: Host) -> Finding:
 
 def _python(host: Host) -> Finding:
     if not host.live:
-        return Finding("python", Level.OK, "not asked", "another system's root: its Python cannot be asked")
+        return Finding.not_asked("python", "another system's root: its Python cannot be asked")
     return Finding("python", Level.OK, f"{platform.python_version()} on {platform.machine()}", sys.executable)

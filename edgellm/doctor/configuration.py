@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,14 @@ def check_configuration(host: Host) -> Iterator[Finding]:
             Level.OK,
             f"no /{CONFIGURATION}",
             "defaults; tools/install.sh writes one for the service",
+        )
+    elif host.config_denied:
+        yield Finding(
+            "configuration",
+            Level.WARN,
+            f"/{CONFIGURATION} cannot be read as uid {os.geteuid()}",
+            "neither it nor its engine is examined, and the thresholds in this report are the defaults",
+            "run the doctor as root, or as a member of the group edgellm",
         )
     elif host.config_error is not None:
         yield Finding(
@@ -54,6 +63,6 @@ def _engine(path: str | None) -> Finding:
     return Finding(
         "engine",
         Level.OK,
-        f"{engine.model_name}: {built.max_batch_size} slots of {built.max_seq_len} tokens",
+        f"{engine.model_name}: {built.slots}",
         path,
     )

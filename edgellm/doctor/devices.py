@@ -36,6 +36,8 @@ def check_devices(host: Host) -> Iterator[Finding]:
             "the GPU cannot be used; the cpu executor serves",
             "load nvgpu and nvmap; containers need the NVIDIA runtime, units gpu-devices.conf",
         )
+    elif not host.running:
+        yield Finding.not_asked("devices")
     else:
         yield Finding("devices", Level.OK, "no GPU node", "the cpu executor needs none")
     yield from _groups(host, gpu)

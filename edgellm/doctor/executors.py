@@ -67,7 +67,7 @@ def _tensorrt(version: tuple[int, ...] | None) -> Finding:
 def _cpu(host: Host) -> Finding:
     check = "executor cpu"
     if not host.live:
-        return Finding(check, Level.OK, "not asked", "another system's root: its Python cannot be asked")
+        return Finding.not_asked(check, "another system's root: its Python cannot be asked")
     version = _distribution("onnxruntime") or _distribution("onnxruntime-gpu")
     if version is None:
         return Finding(

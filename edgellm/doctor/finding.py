@@ -31,3 +31,8 @@ class Finding:
     value: str
     meaning: str = ""
     remedy: str = ""
+
+    @classmethod
+    def not_asked(cls, check: str, why: str = "only a running system can say") -> Finding:
+        """What another system's files do not tell."""
+        return cls(check, Level.OK, "not asked", why)

@@ -12,9 +12,12 @@ PRESSURE = "proc/pressure/memory"
 
 def check_memory(host: Host) -> Iterator[Finding]:
     """Free memory, swap, pressure, and the NVIDIA driver's own limits."""
-    yield _free(host)
-    yield _swap(host)
-    yield _pressure(host)
+    if host.running:
+        yield _free(host)
+        yield _swap(host)
+        yield _pressure(host)
+    else:
+        yield Finding.not_asked("memory")
     if host.board.l4t is not None:
         yield _nvmap(host)
 

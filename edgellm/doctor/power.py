@@ -29,6 +29,9 @@ class PowerMode:
 
 def check_power(host: Host) -> Iterator[Finding]:
     """The power mode, and the GPU's clock."""
+    if not host.running:
+        yield Finding.not_asked("power mode")
+        return
     status, modes = host.text(STATUS), power_modes(host.text(MODES) or "")
     if status is not None or modes:
         yield _mode(status or "", modes)
@@ -85,6 +88,8 @@ def _mode(status: str, modes: list[PowerMode]) -> Finding:
 
 def _clock(host: Host) -> Iterator[Finding]:
     gpu = host.readings.gpu
+    if not host.sensors_answered:
+        return
     if gpu is None:
         if host.tegra:
             yield Finding(

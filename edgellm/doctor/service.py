@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from edgellm.doctor.finding import Finding, Level
 from edgellm.doctor.host import Host
+from edgellm.endpoint import default_endpoint
 
 UNIT = "edgellm.service"
 UNIT_DIRECTORIES = (
@@ -20,11 +22,14 @@ UNIT_DIRECTORIES = (
 OLDEST_SYSTEMD = 245
 PROPERTIES = ("LoadState", "ActiveState", "SubState", "Result", "ExecMainStatus", "NRestarts", "StatusText")
 DEFAULT_ENDPOINT = "ipc:///run/edgellm/edgellm.sock"
+HEALTH_TIMEOUT_S = 2.0
 
 
 def check_service(host: Host) -> Iterator[Finding]:
     """Where clients would connect, and how the service does."""
-    yield _socket_directory(host)
+    yield _socket_directory(host) if host.running else Finding.not_asked("socket")
+    if host.live:
+        yield _daemon(host)
     yield _systemd(host)
     yield _unit(host)
 
@@ -61,11 +66,56 @@ def _socket_directory(host: Host) -> Finding:
     return Finding("socket", Level.OK, value)
 
 
+def _daemon(host: Host) -> Finding:
+    """Whether one answers, started by systemd or by hand: at the service's endpoint or at this user's own."""
+    endpoints = dict.fromkeys((host.config.server.endpoint or DEFAULT_ENDPOINT, default_endpoint()))
+    silent = "none answers"
+    for endpoint in endpoints:
+        scheme, _, name = endpoint.partition("://")
+        if scheme != "ipc":
+            continue
+        path = host.path(name)
+        try:
+            path.stat()
+        except PermissionError:
+            silent = f"{endpoint}: permission denied"
+            continue
+        except OSError:
+            continue
+        if not os.access(path, os.W_OK):
+            silent = f"{endpoint}: permission denied"
+            continue
+        health = _health(f"ipc://{path}")
+        if health is not None:
+            return Finding("daemon", Level.OK, f"{health} at {endpoint}")
+    if "denied" in silent:
+        return Finding(
+            "daemon",
+            Level.WARN,
+            silent,
+            "this user is not one of the service's clients",
+            "usermod --append --groups edgellm USER, and log in again",
+        )
+    return Finding("daemon", Level.OK, silent, f"looked at {', '.join(endpoints)}")
+
+
+def _health(endpoint: str) -> str | None:
+    """`ready`, `loading`, `draining`, or None: nobody answers."""
+    from edgellm.client import Client
+    from edgellm.errors import ClientError, RequestError
+
+    try:
+        with Client(endpoint, timeout=HEALTH_TIMEOUT_S, connect_timeout=HEALTH_TIMEOUT_S) as client:
+            return client.health().status
+    except (ClientError, RequestError):
+        return None
+
+
 def _systemd(host: Host) -> Finding:
     output = host.run(["systemctl", "--version"]) if host.run else None
     if output is None:
         why = "no systemctl here: edgellm serve runs by hand" if host.live else "another system's root"
-        return Finding("systemd", Level.OK, "not asked", why)
+        return Finding.not_asked("systemd", why)
     found = re.match(r"systemd (\d+)", output)
     version = int(found[1]) if found else 0
     if version < OLDEST_SYSTEMD:
@@ -80,7 +130,7 @@ def _systemd(host: Host) -> Finding:
 
 
 def _unit(host: Host) -> Finding:
-    if not any(host.path(f"{directory}/{UNIT}").exists() for directory in UNIT_DIRECTORIES):
+    if not any(host.exists(f"{directory}/{UNIT}") for directory in UNIT_DIRECTORIES):
         return Finding("unit", Level.OK, f"{UNIT} is not installed", "tools/install.sh installs it")
     if host.run is None:
         return Finding(

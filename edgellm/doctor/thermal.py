@@ -10,6 +10,18 @@ from edgellm.doctor.host import Host
 
 def check_thermal(host: Host) -> Iterator[Finding]:
     """Headroom, zones that cannot be read, throttling now, over-current events since boot."""
+    if not host.running:
+        yield Finding.not_asked("thermal")
+        return
+    if not host.sensors_answered:
+        yield Finding(
+            "sensors",
+            Level.FAIL if host.tegra else Level.WARN,
+            "sensors did not answer",
+            "a read hangs, as a rule in firmware: the governor takes them for unknown and stays THROTTLED",
+            "see dmesg for bpmp and thermal; a restart of the board ends it",
+        )
+        return
     yield _headroom(host)
     yield from _required(host)
     yield from _throttling(host)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from edgellm.executor.madvise import MADV_COLLAPSE, MADV_HUGEPAGE, madvise
+from edgellm.executor.madvise import MADV_COLLAPSE, MADV_HUGEPAGE, MADV_NOHUGEPAGE, madvise
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,8 @@ def use_huge_pages() -> int:
         # Part of a range may not be collapsible; the rest is, and errno tells of the part.
         if error := madvise(start, end - start, MADV_COLLAPSE):
             log.debug("huge pages for %d MB: %s", (end - start) >> 20, os.strerror(error))
+        # From here on the kernel's own daemon would fill the holes between allocations, for ever a bit more.
+        madvise(start, end - start, MADV_NOHUGEPAGE)
         advised += end - start
     return advised
 

@@ -8,6 +8,7 @@ from typing import Final
 # linux/mman-common.h
 MADV_DONTNEED: Final = 4
 MADV_HUGEPAGE: Final = 14
+MADV_NOHUGEPAGE: Final = 15
 MADV_COLLAPSE: Final = 25
 
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -89,10 +89,17 @@ class GovernorConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             ("shed_below_c", "shed_exit_below_c"),
             ("shed_exit_below_c", "normal_below_c"),
         ):
-            if getattr(self, hotter) >= getattr(self, cooler):
-                raise ValueError(f"{hotter} must be less than {cooler}: {hotter} is the hotter line")
+            hot, cool = getattr(self, hotter), getattr(self, cooler)
+            if hot >= cool:
+                raise ValueError(
+                    f"{hotter} must be less than {cooler}, as it is the hotter line: {hot:g} is not less"
+                    f" than {cool:g}"
+                )
         if self.memory_soft_mib and self.memory_hard_mib > self.memory_soft_mib:
-            raise ValueError("memory_hard_mib must not be more than memory_soft_mib")
+            raise ValueError(
+                f"memory_hard_mib must not be more than memory_soft_mib: {self.memory_hard_mib} is more than"
+                f" {self.memory_soft_mib}"
+            )
 
 
 class LimitsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

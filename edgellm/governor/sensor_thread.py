@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
-from edgellm.governor.sensors import Readings
+from edgellm.governor.platform import Board
+from edgellm.governor.sensors import Readings, Sensors
 
 
 class Reader(Protocol):
@@ -16,6 +18,26 @@ class Reader(Protocol):
     def read(self) -> Readings:
         """One sweep; may take any time."""
         ...
+
+
+class LateSensors:
+    """Sensors that are discovered on the thread that reads them: discovery reads them too, and may hang.
+
+    Args:
+        root, board, rediscover_s: as `Sensors` takes them.
+    """
+
+    def __init__(self, root: Path, board: Board, rediscover_s: float = 60.0) -> None:
+        self._root = root
+        self._board = board
+        self._rediscover_s = rediscover_s
+        self._sensors: Sensors | None = None
+
+    def read(self) -> Readings:
+        """One sweep, after discovery the first time."""
+        if self._sensors is None:
+            self._sensors = Sensors(self._root, board=self._board, rediscover_s=self._rediscover_s)
+        return self._sensors.read()
 
 
 class SensorThread:

@@ -174,7 +174,7 @@ class Sensors:
             over_current={paths.name: self._whole(paths) for paths in self._found.over_current},
             gpu=self._gpu(),
             rails=self._rails(),
-            memory=self._memory(),
+            memory=read_memory(self._root),
             at=self._clock(),
         )
 
@@ -225,22 +225,22 @@ class Sensors:
         watts = millivolt * milliampere / 1e6
         return watts if 0 <= watts <= 1000 else None
 
-    def _memory(self) -> Memory:
-        values = dict(_meminfo(read_file(str(self._root / "proc/meminfo"), MEMINFO_BYTES) or ""))
-        available = values.get("MemAvailable")
-        if available is not None:
-            available = max(0, available - values.get("CmaFree", 0))
-        pressure = dict(_pressure(read_file(str(self._root / "proc/pressure/memory")) or ""))
-        return Memory(
-            total=values.get("MemTotal"),
-            available=available,
-            swap_total=values.get("SwapTotal"),
-            swap_free=values.get("SwapFree"),
-            psi_some=pressure.get("some"),
-            psi_full=pressure.get("full"),
-        )
 
-    # ── discovery ───────────────────────────────────────────────────────────────────────────────────────────
+def read_memory(root: Path) -> Memory:
+    """Memory and pressure as the kernel counts them: no firmware is asked, so this does not hang."""
+    values = dict(_meminfo(read_file(str(root / "proc/meminfo"), MEMINFO_BYTES) or ""))
+    available = values.get("MemAvailable")
+    if available is not None:
+        available = max(0, available - values.get("CmaFree", 0))
+    pressure = dict(_pressure(read_file(str(root / "proc/pressure/memory")) or ""))
+    return Memory(
+        total=values.get("MemTotal"),
+        available=available,
+        swap_total=values.get("SwapTotal"),
+        swap_free=values.get("SwapFree"),
+        psi_some=pressure.get("some"),
+        psi_full=pressure.get("full"),
+    )
 
 
 def _hertz(path: str) -> float | None:

@@ -27,6 +27,10 @@ class MemoryConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     def __post_init__(self) -> None:
         """Refuse what is no size; msgspec turns ValueError into ValidationError."""
-        if self.budget != AUTO:
-            parse_size(self.budget)
-        parse_size(self.reserve)
+        for name, text in (("budget", self.budget), ("reserve", self.reserve)):
+            if (name, text) == ("budget", AUTO):
+                continue
+            try:
+                parse_size(text)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None

@@ -1,6 +1,8 @@
 """The I/O thread: sole owner of the ROUTER and PUB sockets, and of all that clients send and are sent.
 
 address.py      the socket file: lock, mode, group
+tcp_address.py  a tcp endpoint in its place
+zap.py          whose keys are let in over tcp
 router.py       the ROUTER: receive, send without waiting, who has vanished
 publisher.py    the PUB socket: state changes and statistics
 access.py       who a peer is, its priority ceiling and quota

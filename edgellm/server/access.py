@@ -1,4 +1,4 @@
-"""Who a peer is, by the kernel's word, and what the configuration lets it do."""
+"""Who a peer is, by the kernel's word or by its key, and what the configuration lets it do."""
 
 from __future__ import annotations
 
@@ -14,11 +14,27 @@ from edgellm.server_config import AccessRule, ServerConfig
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """The process at the other end of a connection (SO_PEERCRED); −1 where the transport has none."""
+    """The other end of a connection.
+
+    Attributes:
+        uid, gid, pid: of the process, over ipc (SO_PEERCRED); else −1.
+        key: the name of its key, over tcp; else None.
+        host: its address, over tcp.
+    """
 
     uid: int = -1
     gid: int = -1
     pid: int = -1
+    key: str | None = None
+    host: str = ""
+
+    @property
+    def party(self) -> str:
+        """Whom limits belong to and refusals name: a user, or the holder of a key."""
+        return f"uid {self.uid}" if self.key is None else f"key {self.key}"
+
+    def __str__(self) -> str:
+        return f"uid={self.uid} pid={self.pid}" if self.key is None else f"key={self.key} host={self.host}"
 
     @classmethod
     def from_address(cls, address: str) -> Peer:
@@ -106,7 +122,11 @@ class Access:
 
 
 def _fits(rule: AccessRule, peer: Peer, groups: frozenset[int]) -> bool:
-    return (rule.uid is None or rule.uid == peer.uid) and (rule.gid is None or rule.gid in groups)
+    return (
+        (rule.uid is None or rule.uid == peer.uid)
+        and (rule.gid is None or rule.gid in groups)
+        and (rule.key is None or rule.key == peer.key)
+    )
 
 
 def _groups(peer: Peer) -> frozenset[int]:

@@ -28,13 +28,10 @@ class Address:
     def __init__(self, endpoint: str, field: str) -> None:
         self.field = field
         scheme, _, rest = endpoint.partition("://")
-        if scheme == "tcp":
-            raise ConfigError(
-                f"{field}: {endpoint} can be reached from other machines and needs CURVE keys, which this"
-                " version does not read yet: use ipc://PATH"
-            )
         if scheme != "ipc" or not rest:
-            raise ConfigError(f"{field}: {endpoint!r} is not an endpoint: use ipc://PATH")
+            raise ConfigError(
+                f"{field}: {endpoint!r} is not an endpoint: use ipc://PATH or tcp://ADDRESS:PORT"
+            )
         if rest.startswith("@") or rest == "*":
             raise ConfigError(
                 f"{field}: {endpoint} names no file, so no permissions could guard it: use ipc://PATH"

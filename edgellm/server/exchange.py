@@ -130,7 +130,7 @@ class Exchange:
         except RequestError as error:
             reply = self._refusal(incoming, error)
         except Exception as error:
-            log_failure(f"a request of uid {connection.peer.uid}", error)
+            log_failure(f"a request of {connection.peer.party}", error)
             reply = self._refusal(
                 incoming, InternalError("the daemon failed on this request; its log says why")
             )
@@ -152,7 +152,7 @@ class Exchange:
         connection = Connection(incoming.route, incoming.descriptor, incoming.peer, grant)
         self._connections[incoming.route] = connection
         self._routes[incoming.descriptor] = incoming.route
-        log.debug("client %s: uid %d, pid %d", incoming.route.hex(), incoming.peer.uid, incoming.peer.pid)
+        log.debug("client %s: %s", incoming.route.hex(), incoming.peer)
         return connection
 
     def _refusal(self, incoming: Incoming, error: RequestError) -> Error:
@@ -162,7 +162,9 @@ class Exchange:
     def _handle(self, connection: Connection, incoming: Incoming) -> Reply | None:
         """Answer a message, or open a request and answer later."""
         if incoming.problem is not None:
-            raise incoming.problem
+            # Not raised: its traceback would lead back to the message, and both would stay until the
+            # collector comes, megabytes each.
+            return self._refusal(incoming, incoming.problem)
         request: Request = decode_request(incoming.payload)
         match request:
             case Chat() | Generate():
@@ -315,12 +317,11 @@ class Exchange:
         self._access.closed(connection.grant)
         self._counts[stream.outcome] += 1
         took = now - stream.arrival
-        peer = connection.peer
         log.info(
             "a request ended: %s after %.2f s",
             stream.outcome,
             took,
-            extra={"REQUEST_ID": stream.id, "CLIENT": f"uid={peer.uid} pid={peer.pid}"},
+            extra={"REQUEST_ID": stream.id, "CLIENT": str(connection.peer)},
         )
         self._mean_s = took if self._mean_s is None else 0.9 * self._mean_s + 0.1 * took
 
@@ -363,7 +364,7 @@ class Exchange:
         if not connection.overrun and now - connection.blocked_since < self._config.send_timeout_s:
             return False
         peer = connection.peer
-        log.warning("a client of uid %d, pid %d, does not read its answers: dropped", peer.uid, peer.pid)
+        log.warning("a client does not read its answers and is dropped: %s", peer)
         self._lose(connection)
         self.bury()  # so that the descriptor is known to be this connection's still
         self._router.hang_up(connection.descriptor, peer)

@@ -38,8 +38,8 @@ STATE_NAMES: dict[State, StateName] = {
 class Gate:
     """Admission by the governor's state, and the ops limit, suspend and resume.
 
-    A limit belongs to a uid, not to a connection: whoever crashed while perception was busy must not thereby
-    set the model free, and must be able to take it back after coming up again.
+    A limit belongs to a uid or a key, not to a connection: whoever crashed while perception was busy must not
+    thereby set the model free, and must be able to take it back after coming up again.
 
     Args:
         clock: seconds, the governor's.
@@ -79,7 +79,7 @@ class Gate:
         _authorise(peer, grant, request)
         if self.governor is None:
             raise Loading("the engine is loading; there is nothing to limit", retry_after_ms=LOADING_RETRY_MS)
-        by = f"uid {peer.uid}"
+        by = peer.party
         match request:
             case Resume():
                 decision = self.governor.release(None if request.all else by)
@@ -115,12 +115,12 @@ def state_event(transition: Transition) -> StateEvent:
 def _authorise(peer: Peer, grant: Grant, request: Limit | Suspend | Resume) -> None:
     if not grant.may_limit:
         raise Forbidden(
-            f"uid {peer.uid} may not limit what runs: set may_limit = true in a rule for it (server.rules)",
+            f"{peer.party} may not limit what runs: set may_limit = true in a rule for it (server.rules)",
             field="op",
         )
     if isinstance(request, Resume) and request.all and not grant.owns:
         raise Forbidden(
-            f"only root and the daemon's own user may take back the limits of others: uid {peer.uid} may"
+            f"only root and the daemon's own user may take back the limits of others: {peer.party} may"
             " resume without all",
             field="all",
         )

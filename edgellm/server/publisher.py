@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import zmq
 
-from edgellm.errors import ConfigError
 from edgellm.protocol import Published, encode
-from edgellm.server.address import Address, Umask
+from edgellm.server.address import Umask
+from edgellm.server.tcp_address import TcpAddress, address_of, bind_error
+from edgellm.server.zap import Authenticator
 from edgellm.server_config import ServerConfig
 
 HIGH_WATER = 16
@@ -14,6 +15,9 @@ HIGH_WATER = 16
 
 MAX_TOPIC_BYTES = 256
 """A subscription that is longer makes libzmq drop the connection."""
+
+MAX_CURVE_BYTES = 1024
+"""The same over tcp, where CURVE's handshake and its envelopes need more."""
 
 HANDSHAKE_MS = 2_000
 HEARTBEAT_MS = 10_000
@@ -23,13 +27,20 @@ HEARTBEAT_TIMEOUT_MS = 30_000
 class Publisher:
     """Sends to all subscribers and waits for none. After `bind` used by the I/O thread alone.
 
+    Args:
+        authenticator: whom to let in; needed for tcp.
+
     Raises:
         ConfigError: in the constructor and in `bind`, naming `server.events_endpoint`.
+        TemporaryShortage: in `bind`: no interface has the address yet.
     """
 
-    def __init__(self, config: ServerConfig, endpoint: str) -> None:
+    def __init__(
+        self, config: ServerConfig, endpoint: str, authenticator: Authenticator | None = None
+    ) -> None:
         self._config = config
-        self._address = Address(endpoint, "server.events_endpoint")
+        self._address = address_of(endpoint, "server.events_endpoint")
+        self._authenticator = authenticator
         self._socket: zmq.Socket[bytes] | None = None
 
     @property
@@ -51,13 +62,16 @@ class Publisher:
         socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
         socket.setsockopt(zmq.LINGER, 0)
+        if isinstance(self._address, TcpAddress):
+            assert self._authenticator is not None
+            self._authenticator.guard(socket)
+            self._address.prepare(socket)
+            socket.setsockopt(zmq.MAXMSGSIZE, MAX_CURVE_BYTES)
         try:
             with Umask(mode):
                 socket.bind(self.endpoint)
         except zmq.ZMQError as error:
-            raise ConfigError(
-                f"server.events_endpoint: {self.endpoint} cannot be bound: {error.strerror}"
-            ) from None
+            raise bind_error(self._address, error) from None
         self._address.open_to(mode, self._config.socket_group)
 
     def publish(self, message: Published) -> None:

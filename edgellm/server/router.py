@@ -12,9 +12,11 @@ from struct import Struct
 
 import zmq
 
-from edgellm.errors import BadRequest, ConfigError
+from edgellm.errors import BadRequest
 from edgellm.server.access import Peer
-from edgellm.server.address import Address, Umask
+from edgellm.server.address import Umask
+from edgellm.server.tcp_address import TcpAddress, address_of, bind_error
+from edgellm.server.zap import Authenticator
 from edgellm.server_config import ServerConfig
 
 SEND_HIGH_WATER = 64
@@ -34,6 +36,12 @@ HANDSHAKE_MS = 2_000
 HEARTBEAT_MS = 10_000
 HEARTBEAT_TIMEOUT_MS = 30_000
 LINGER_MS = 1_000
+WATCHED = (
+    zmq.EVENT_ACCEPTED
+    | zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
 _EVENT = Struct("=HI")  # zmq_socket_monitor(3): event number, value
 _UCRED = Struct("=iII")  # struct ucred, unix(7): pid, uid, gid
 _KEPT_FRAMES = 2
@@ -69,13 +77,20 @@ class Incoming:
 class Router:
     """The daemon's socket. Used by one thread at a time, and after `bind` only by the I/O thread.
 
+    Args:
+        authenticator: whom to let in; needed for tcp.
+
     Raises:
-        ConfigError: in `bind`, naming `server.endpoint`.
+        ConfigError: in the constructor and in `bind`, naming `server.endpoint`.
+        TemporaryShortage: in `bind`: no interface has the address yet.
     """
 
-    def __init__(self, config: ServerConfig, endpoint: str) -> None:
+    def __init__(
+        self, config: ServerConfig, endpoint: str, authenticator: Authenticator | None = None
+    ) -> None:
         self._config = config
-        self._address = Address(endpoint, "server.endpoint")
+        self._address = address_of(endpoint, "server.endpoint")
+        self._authenticator = authenticator
         self._alive: set[int] = set()
         self.socket: zmq.Socket[bytes] | None = None
         self.monitor: zmq.Socket[bytes] | None = None
@@ -101,12 +116,16 @@ class Router:
         socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
         socket.setsockopt(zmq.LINGER, LINGER_MS)
-        self.monitor = socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+        if isinstance(self._address, TcpAddress):
+            assert self._authenticator is not None
+            self._authenticator.guard(socket)
+            self._address.prepare(socket)
+        self.monitor = socket.get_monitor_socket(WATCHED)
         try:
             with Umask(mode):
                 socket.bind(self.endpoint)
         except zmq.ZMQError as error:
-            raise ConfigError(f"server.endpoint: {self.endpoint} cannot be bound: {error.strerror}") from None
+            raise bind_error(self._address, error) from None
         self._address.open_to(mode, self._config.socket_group)
 
     def receive(self) -> Incoming | None:
@@ -142,7 +161,7 @@ class Router:
         return Incoming(
             route=head.bytes,
             descriptor=int(last.get(zmq.SRCFD)),
-            peer=_peer(last),
+            peer=self._peer(last),
             delimited=delimited,
             payload=b"" if body is None else bytes(body.buffer[: self._config.max_message_bytes]),
             problem=problem,
@@ -181,6 +200,8 @@ class Router:
             elif event == zmq.EVENT_DISCONNECTED:
                 self._alive.discard(descriptor)
                 yield descriptor
+            elif self._authenticator is not None:
+                self._authenticator.refusals.note("its handshake failed: no key, or not this daemon's")
 
     def alive(self, descriptor: int) -> bool:
         """Whether the connection is still there, as of the last `vanished`."""
@@ -195,9 +216,15 @@ class Router:
         if not self.alive(descriptor):
             return
         with contextlib.suppress(OSError), sockets.socket(fileno=os.dup(descriptor)) as connection:
-            credentials = connection.getsockopt(sockets.SOL_SOCKET, sockets.SO_PEERCRED, _UCRED.size)
-            if _UCRED.unpack(credentials)[0] == peer.pid:
+            if _is_of(connection, peer):
                 connection.shutdown(sockets.SHUT_RDWR)
+
+    def _peer(self, frame: zmq.Frame) -> Peer:
+        # Over ipc a peer may send a User-Id of its own; over tcp an IPv6 address may look like a uid.
+        address = _property(frame, "Peer-Address")
+        if isinstance(self._address, TcpAddress):
+            return Peer(key=_property(frame, "User-Id"), host=address)
+        return Peer.from_address(address)
 
     def close(self) -> None:
         """Close; the context's end then waits at most LINGER_MS for what is left to be sent. Idempotent."""
@@ -214,8 +241,15 @@ class Router:
         self._address.release()
 
 
-def _peer(frame: zmq.Frame) -> Peer:
+def _is_of(connection: sockets.socket, peer: Peer) -> bool:
+    if connection.family != sockets.AF_UNIX:
+        return bool(connection.getpeername()[0] == peer.host)
+    credentials = connection.getsockopt(sockets.SOL_SOCKET, sockets.SO_PEERCRED, _UCRED.size)
+    return bool(_UCRED.unpack(credentials)[0] == peer.pid)
+
+
+def _property(frame: zmq.Frame, name: str) -> str:
     try:
-        return Peer.from_address(str(frame.get("Peer-Address")))
+        return str(frame.get(name))
     except zmq.ZMQError:
-        return Peer()
+        return ""

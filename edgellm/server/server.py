@@ -25,6 +25,7 @@ from edgellm.server.gate import state_event
 from edgellm.server.publisher import Publisher
 from edgellm.server.router import Router
 from edgellm.server.served import EngineHandle, GovernorHandle, ServedModel, Template, Tokenizer
+from edgellm.server.zap import Authenticator
 from edgellm.server_config import ServerConfig
 
 TICK_S = 0.5
@@ -51,14 +52,19 @@ class Server:
         beat: turns of the loop: what a watchdog looks at.
 
     Raises:
-        ConfigError: in the constructor and in `bind`, naming `server.endpoint` or `server.events_endpoint`.
+        ConfigError: in the constructor and in `bind`, naming the key of the configuration at fault.
+        TemporaryShortage: in `bind`: no interface has a tcp endpoint's address yet.
     """
 
     def __init__(self, config: ServerConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._router = Router(config, config.endpoint or default_endpoint())
-        published = config.events_endpoint or events_endpoint(self._router.endpoint)
-        self._publisher = Publisher(config, published)
+        endpoint = config.endpoint or default_endpoint()
+        published = config.events_endpoint or events_endpoint(endpoint)
+        named = {"endpoint": endpoint, "events_endpoint": published}
+        tcp = [f"server.{key}: {each}" for key, each in named.items() if each.startswith("tcp:")]
+        self._authenticator = Authenticator(config, tcp[0], clock) if tcp else None
+        self._router = Router(config, endpoint, self._authenticator)
+        self._publisher = Publisher(config, published, self._authenticator)
         if self._publisher.endpoint == self._router.endpoint:
             raise ConfigError(
                 f"server.events_endpoint: {published} is server.endpoint: it needs its own path"
@@ -90,6 +96,11 @@ class Server:
         return self._thread.is_alive()
 
     @property
+    def draining(self) -> bool:
+        """Whether new work is refused, for good."""
+        return self._exchange.draining
+
+    @property
     def open_requests(self) -> int:
         """Requests that the engine has not ended yet."""
         return len(self._exchange.open)
@@ -97,6 +108,8 @@ class Server:
     def bind(self) -> None:
         """Take the locks beside the sockets and bind. A socket of a living daemon is never taken over."""
         try:
+            if self._authenticator is not None:
+                self._authenticator.bind(self._context)
             self._router.bind(self._context)
             self._publisher.bind(self._context)
         except BaseException:
@@ -145,6 +158,16 @@ class Server:
         """Take what a step gave; called by the engine thread, never waits."""
         self._note(lambda: self._exchange.take(updates))
 
+    def reload_clients(self) -> None:
+        """Read again whose keys may connect over tcp; who is connected stays.
+
+        Raises:
+            ConfigError: a file is bad; nothing has changed then.
+        """
+        if (authenticator := self._authenticator) is not None:
+            clients = authenticator.read_clients()
+            self._note(lambda: authenticator.allow(clients))
+
     def drain(self) -> None:
         """Refuse new work with `shutting_down`, at once; what is open goes on."""
         self._exchange.draining = True
@@ -165,6 +188,8 @@ class Server:
     def _close_sockets(self) -> None:
         self._router.close()
         self._publisher.close()
+        if self._authenticator is not None:
+            self._authenticator.close()
         self._context.term()  # libzmq removes socket files while it ends: no other daemon may bind before
         self._router.release()
         self._publisher.release()
@@ -183,6 +208,8 @@ class Server:
         poller.register(self._router.socket, zmq.POLLIN)
         poller.register(self._router.monitor, zmq.POLLIN)
         poller.register(self._wake, zmq.POLLIN)
+        if self._authenticator is not None:
+            poller.register(self._authenticator.socket, zmq.POLLIN)
         while not self._leaving.is_set():
             self.beat += 1
             poller.poll(int(1000 * (RETRY_S if self._exchange.unsent else TICK_S)))
@@ -193,6 +220,8 @@ class Server:
 
     def _turn(self) -> None:
         self._take_notes()
+        if self._authenticator is not None:
+            self._authenticator.answer()
         self._exchange.bury()
         for _ in range(MESSAGES_PER_TURN):
             incoming = self._router.receive()

@@ -4,12 +4,16 @@
 //
 // Exit codes: 0 answered, 1 the daemon refused, 64 usage, 69 nothing answers.
 
+#include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <iostream>
 #include <map>
 #include <optional>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -24,13 +28,14 @@ constexpr int kVersion = 1;
 constexpr int kRefused = 1;
 constexpr int kUsage = 64;
 constexpr int kUnavailable = 69;
+constexpr std::chrono::milliseconds kConnect{2000};  // for a daemon to be there
 
 struct Arguments {
     std::string endpoint;
     std::string question;
     std::uint64_t max_tokens = 256;
     double temperature = 0.0;  // always the most likely token
-    std::chrono::seconds timeout{60};  // for each message of the answer
+    std::chrono::milliseconds timeout{60'000};  // for each message of the answer
 };
 
 // What the daemon says of a request that it refused or ended.
@@ -43,6 +48,51 @@ struct RequestError : std::runtime_error {
 struct Unavailable : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
+
+// What the connection's monitor says: whether a daemon has been met, and whether it is gone again. Without it a
+// socket waits in silence: libzmq connects again and again, and never says that nobody is there.
+class Connection {
+public:
+    Connection(zmq::context_t& context, zmq::socket_t& socket) : events_(context, zmq::socket_type::pair) {
+        const char* address = "inproc://connection";
+        const int watched = ZMQ_EVENT_HANDSHAKE_SUCCEEDED | ZMQ_EVENT_DISCONNECTED;
+        if (zmq_socket_monitor(socket.handle(), address, watched) != 0) {
+            throw zmq::error_t();
+        }
+        events_.connect(address);
+    }
+
+    void* handle() { return events_.handle(); }
+    bool met() const { return met_; }
+    bool lost() const { return lost_; }
+
+    // Take what was reported; zmq_socket_monitor(3): a frame that begins with the event's number, and the endpoint.
+    void read() {
+        zmq::message_t event;
+        while (events_.recv(event, zmq::recv_flags::dontwait)) {
+            std::uint16_t number = 0;
+            std::memcpy(&number, event.data(), sizeof number);
+            met_ = met_ || number == ZMQ_EVENT_HANDSHAKE_SUCCEEDED;
+            lost_ = lost_ || (met_ && number == ZMQ_EVENT_DISCONNECTED);
+            (void)events_.recv(event, zmq::recv_flags::none);
+        }
+    }
+
+private:
+    zmq::socket_t events_;
+    bool met_ = false;
+    bool lost_ = false;
+};
+
+// Why nobody is heard at an endpoint.
+std::string obstacle(const std::string& endpoint) {
+    const std::string scheme = "ipc://";
+    if (endpoint.compare(0, scheme.size(), scheme) == 0 &&
+        access(endpoint.c_str() + scheme.size(), W_OK) != 0 && errno == EACCES) {
+        return "permission denied at " + endpoint + ": join the group that owns it (edgellm) and log in again";
+    }
+    return "nothing serves at " + endpoint;
+}
 
 // A reply: a map whose fields are looked up by name, so that fields added later do no harm.
 class Reply {
@@ -113,20 +163,28 @@ zmq::message_t chat_request(std::uint64_t id, const Arguments& arguments) {
 void chat(const Arguments& arguments) {
     zmq::context_t context;
     zmq::socket_t socket(context, zmq::socket_type::dealer);
-    socket.set(zmq::sockopt::linger, 0);
+    socket.set(zmq::sockopt::linger, 0);  // do not wait for a daemon that never came
+    Connection connection(context, socket);
     socket.connect(arguments.endpoint);
 
+    // The request waits in the socket until there is a daemon.
     const std::uint64_t id = 1;  // ours to choose; unique among this socket's open requests
     auto request = chat_request(id, arguments);
     socket.send(request, zmq::send_flags::none);
 
-    zmq::pollitem_t item{socket.handle(), 0, ZMQ_POLLIN, 0};
+    zmq::pollitem_t items[] = {{socket.handle(), 0, ZMQ_POLLIN, 0}, {connection.handle(), 0, ZMQ_POLLIN, 0}};
     for (;;) {
-        if (zmq::poll(&item, 1, arguments.timeout) == 0) {
-            throw Unavailable("no answer from " + arguments.endpoint);
+        const auto patience = connection.met() ? arguments.timeout : std::min(arguments.timeout, kConnect);
+        if (zmq::poll(items, 2, patience) == 0) {
+            throw Unavailable(connection.met() ? "no answer from " + arguments.endpoint
+                                               : obstacle(arguments.endpoint));
         }
+        connection.read();  // first what happened, then what arrived: a daemon's last words come before its end
         zmq::message_t message;
-        if (!socket.recv(message, zmq::recv_flags::none)) {
+        if (!socket.recv(message, zmq::recv_flags::dontwait)) {
+            if (connection.lost()) {
+                throw Unavailable("the daemon at " + arguments.endpoint + " went away");
+            }
             continue;
         }
         const Reply reply(message);
@@ -150,18 +208,36 @@ void chat(const Arguments& arguments) {
     }
 }
 
+// A number, the whole of the text, not negative; or nothing.
+template <typename T>
+std::optional<T> number(const char* text) {
+    std::istringstream stream(text);
+    T value{};
+    if (*text == '-' || !(stream >> value) || !stream.eof()) {
+        return std::nullopt;
+    }
+    return value;
+}
+
 std::optional<Arguments> parse(int argc, char** argv) {
     Arguments arguments;
     const char* named = std::getenv("EDGELLM_ENDPOINT");
     arguments.endpoint = named != nullptr ? named : "ipc:///run/edgellm/edgellm.sock";
     int option = 0;
     while ((option = getopt(argc, argv, "e:n:T:t:")) != -1) {
-        switch (option) {
-            case 'e': arguments.endpoint = optarg; break;
-            case 'n': arguments.max_tokens = std::strtoull(optarg, nullptr, 10); break;
-            case 'T': arguments.temperature = std::strtod(optarg, nullptr); break;
-            case 't': arguments.timeout = std::chrono::seconds(std::strtol(optarg, nullptr, 10)); break;
-            default: return std::nullopt;
+        if (option == '?') {
+            return std::nullopt;
+        }
+        if (option == 'e') {
+            arguments.endpoint = optarg;
+        } else if (const auto value = number<double>(optarg); option == 'T' && value) {
+            arguments.temperature = *value;
+        } else if (const auto count = number<std::uint32_t>(optarg); option == 'n' && count) {
+            arguments.max_tokens = *count;
+        } else if (option == 't' && count) {
+            arguments.timeout = std::chrono::seconds(*count);
+        } else {
+            return std::nullopt;
         }
     }
     if (optind + 1 != argc) {

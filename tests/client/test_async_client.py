@@ -132,3 +132,26 @@ def test_nobody_there(tmp_path: Path) -> None:
                 await client.wait_ready(0.1)
 
     asyncio.run(ask())
+
+
+def test_of_several_endpoints_the_only_one_there_speaks_for_itself(tmp_path: Path) -> None:
+    async def ask() -> None:
+        with Service(tmp_path, ready=False) as service:
+            endpoints = [f"ipc://{tmp_path}/none.sock", service.endpoint]
+            async with AsyncClient(endpoints, timeout=60, connect_timeout=60) as client:
+                with pytest.raises(errors.Loading):
+                    await client.chat("hi")
+                assert client.endpoint == service.endpoint
+                service.attach()
+                service.engine.script = echo
+                assert (await client.wait_ready(60)).ready
+                assert (await client.chat("hi")).text
+        async with AsyncClient(endpoints, connect_timeout=0.05) as client:
+            with pytest.raises(errors.Unreachable) as raised:
+                await client.chat("hi")
+            assert all(f"nothing serves at {each}" in str(raised.value) for each in endpoints)
+        for ask in (client.chat("hi"), client.wait_ready(1)):
+            with pytest.raises(errors.ClientError, match="closed"):
+                await ask
+
+    asyncio.run(ask())

@@ -7,14 +7,16 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgpack
+import numpy as np
 import pytest
 import zmq
 from fake_engine import EOS, FakeEngine, Service, echo
 
 from edgellm import Client, errors
-from edgellm.endpoint import default_endpoint
+from edgellm.client import subscribe
 from edgellm.scheduler.request import Finish, Request
 
 
@@ -174,27 +176,6 @@ def test_a_daemon_that_is_killed_is_noticed_at_once(tmp_path: Path) -> None:
     daemon.stdout.close()
 
 
-def test_the_first_ready_daemon_is_used(tmp_path: Path) -> None:
-    for name in ("a", "b", "c"):
-        (tmp_path / name).mkdir()
-    with Service(tmp_path / "b", ready=False) as loading, Service(tmp_path / "c") as third:
-        third.engine.script = echo
-        endpoints = [f"ipc://{tmp_path}/a/none.sock", loading.endpoint, third.endpoint]
-        with Client(endpoints, timeout=5, connect_timeout=0.1) as client:
-            assert client.generate("x").text == "x"
-            assert len(third.engine.requests) == 1
-            loading.engine.script = echo
-            loading.attach()
-            assert client.generate("y").text == "y"  # what works is kept
-            third.server.drain()
-            assert client.generate("z").text == "z"
-            assert "".join(delta.text for delta in client.stream_generate("w")) == "w"
-            assert len(loading.engine.requests) == 2
-            loading.server.drain()
-            with pytest.raises(errors.Unreachable, match="draining"):
-                client.generate("nowhere")
-
-
 def test_waiting_for_a_daemon_that_starts_later(tmp_path: Path) -> None:
     with Service(tmp_path, ready=False) as service, Client(service.endpoint) as client:
         timer = threading.Timer(0.1, service.attach)
@@ -203,18 +184,34 @@ def test_waiting_for_a_daemon_that_starts_later(tmp_path: Path) -> None:
         timer.join()
 
 
-def test_the_default_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EDGELLM_ENDPOINT", "ipc:///somewhere")
-    with Client() as client:
-        assert client.endpoints == ["ipc:///somewhere"]
-    monkeypatch.delenv("EDGELLM_ENDPOINT")
-    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
-    monkeypatch.setattr("os.geteuid", lambda: 7)
-    assert default_endpoint() == "ipc:///run/user/7/edgellm/edgellm.sock"
-    monkeypatch.delenv("XDG_RUNTIME_DIR")
-    assert default_endpoint() == "ipc:///run/user/7/edgellm/edgellm.sock"
-    monkeypatch.setattr("os.geteuid", lambda: 0)
-    assert default_endpoint() == "ipc:///run/edgellm/edgellm.sock"
+def test_a_closed_client_says_so(service: Service) -> None:
+    with Client(service.endpoint) as client:
+        client.health()
+    for ask in (lambda: client.chat("hi"), lambda: client.stream_chat("hi"), lambda: client.wait_ready(1)):
+        with pytest.raises(errors.ClientError, match="closed"):
+            ask()
+    with subscribe(service.endpoint) as events:
+        pass
+    with pytest.raises(errors.ClientError, match="closed"):
+        events.receive(1)
+
+
+@pytest.mark.parametrize("messages", [42, None, ["hi"], {"role": "user"}, [{"role": "user", "content": 4}]])
+def test_what_is_no_conversation_is_a_bad_request(client: Client, messages: Any) -> None:
+    with pytest.raises(errors.BadRequest) as raised:
+        client.chat(messages)
+    assert raised.value.field is not None
+    assert raised.value.field.startswith("messages")
+
+
+def test_what_is_no_prompt_is_a_bad_request(client: Client) -> None:
+    for prompt in (42, ["x"], [1.5]):
+        with pytest.raises(errors.BadRequest, match="prompt"):
+            client.generate(prompt)  # type: ignore[arg-type]
+    for name in ("stop", "logit_bias"):
+        with pytest.raises(errors.BadRequest, match=name):
+            client.generate("x", **{name: 4})  # type: ignore[arg-type]
+    assert client.generate(np.array([104, 105])).text == "hi"  # type: ignore[arg-type]
 
 
 def test_an_app_pulls_in_pyzmq_and_msgpack_and_nothing_else() -> None:

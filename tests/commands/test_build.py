@@ -186,6 +186,51 @@ def test_sigterm_leaves_nothing(tiny: Path, tmp_path: Path, monkeypatch: pytest.
     assert list(tmp_path.iterdir()) == []
 
 
+KILLED = """
+import pathlib, sys
+from edgellm.enginedir import new_engine
+with new_engine(pathlib.Path(sys.argv[1])) as draft:
+    (draft / "model.onnx.data").write_bytes(bytes(1000))
+    print(draft, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_killed_builds_draft_is_removed_by_the_next_and_a_living_ones_is_not(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = tmp_path / "engine"
+    command = [sys.executable, "-c", KILLED]
+    with (
+        subprocess.Popen([*command, engine], stdin=-1, stdout=-1, text=True) as killed,
+        subprocess.Popen([*command, engine], stdin=-1, stdout=-1, text=True) as other,
+        subprocess.Popen([*command, tmp_path / "another"], stdin=-1, stdout=-1, text=True) as elsewhere,
+    ):
+        drafts = [
+            Path(build.stdout.readline().strip()) for build in (killed, other, elsewhere) if build.stdout
+        ]
+        killed.kill()
+        elsewhere.kill()
+        killed.wait()
+        elsewhere.wait()
+        try:
+            assert main(["build", str(tiny), "-o", str(engine)]) == 0
+            printed = capsys.readouterr()
+            assert printed.err == f"removed {drafts[0]}, left by a build that was killed\n"
+            assert [draft.exists() for draft in drafts] == [False, True, True]
+        finally:
+            other.kill()
+    verify_engine(open_engine(engine))
+
+
+def test_a_checkpoint_that_cannot_be_looked_at_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # As root nothing is forbidden; a name that is too long fails in the same place.
+    assert main(["build", "x" * 300, "-o", str(tmp_path / "engine")]) == CheckpointError.exit_code
+    assert "cannot be read: File name too long" in capsys.readouterr().err
+
+
 # VmHWM and not ru_maxrss, which a child inherits from whoever started it.
 PEAK = """
 import pathlib, re, sys

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,8 +42,60 @@ def test_the_endpoint_comes_from_the_environment(
     service: Service, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EDGELLM_ENDPOINT", service.endpoint)
-    assert main(["chat", "hi"]) == 0
-    assert capsys.readouterr().out == "user:hi\nassistant:\n"
+    assert main(["chat", "say", "hi"]) == 0  # words need no quotes
+    assert capsys.readouterr().out == "user:say hi\nassistant:\n"
+    (request,) = service.engine.requests
+    assert request.sampling.temperature == 0  # the protocol's default is 1
+
+
+def test_every_sampling_flag_is_explained_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["chat", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    _, *flags = re.split(r" --(?=[a-z-]+ [A-Z{])", said.partition("PROMPT one question")[2])
+    assert len(flags) >= 12
+    for flag in flags:
+        assert "(default" in flag, flag
+
+
+def test_a_daemon_that_loads_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Service(tmp_path, ready=False) as service:
+        service.engine.script = echo
+        timer = threading.Timer(0.3, service.attach)
+        timer.start()
+        assert main(["chat", "--endpoint", service.endpoint, "hi"]) == 0
+        assert capsys.readouterr().out == "user:hi\nassistant:\n"
+        timer.join()
+    with Service(tmp_path, ready=False) as service:
+        assert main(["chat", "--endpoint", service.endpoint, "--wait", "0", "hi"]) == 1
+        assert capsys.readouterr().err.startswith("edgellm chat: loading: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given", "words"),
+    [
+        (["-"], b"\xff\xfe", "standard input is not UTF-8"),
+        ([], b" \n", "standard input is empty"),
+        (["hi", b"\xff"], b"", "the question is not UTF-8"),
+        ([" "], b"", "the question is empty"),
+        (["--wait", "-3", "hi"], b"", "-3 is no number of seconds"),
+    ],
+)
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_what_is_no_question_is_said_to_be_none(
+    service: Service, arguments: list[str | bytes], given: bytes, words: str, locale: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "edgellm", "chat", "--endpoint", service.endpoint, *arguments],
+        input=given,
+        capture_output=True,
+        check=False,
+        env={**os.environ, "LC_ALL": locale},
+    )
+    assert done.returncode == 64
+    assert words in done.stderr.decode()
+    assert "Traceback" not in done.stderr.decode()
+    assert service.engine.requests == []
 
 
 def test_errors_are_one_line_and_an_exit_code(

@@ -140,6 +140,13 @@ def test_command_prints_the_path_alone(pip: Path, capsys: pytest.CaptureFixture[
     assert "tiny" in capsys.readouterr().out
 
 
+def test_the_list_tells_the_download_from_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fetch", "--list"]) == 0
+    assert "92 MB download, 98 MB file" in capsys.readouterr().out
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert "92 MB download, 98 MB file" in readme
+
+
 def test_where_models_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EDGELLM_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")

@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -55,7 +56,7 @@ def test_once(service: Service, capsys: pytest.CaptureFixture[str]) -> None:
     lines = dict(re.split(r"  +", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert lines["state"] == f"THROTTLED  heat: {THROTTLED.detail}"
     assert lines["may run"] == "4 of 4 slots, duty 0.50"
-    assert lines["requests"] == "0 running, 0 queued, 1 clients"
+    assert lines["requests"] == "0 running, 0 queued, 0 clients"  # top itself does not count
     assert lines["tokens/s"] == "0.0 generated, 0.0 prompt"
     assert lines["temperature"] == "88.0 °C tj-thermal"
     assert lines["memory"].startswith("2,048 MiB available")
@@ -87,12 +88,13 @@ def test_events_for_programs(service: Service) -> None:
         assert program.wait(10) == 130
 
 
-def test_live_at_a_terminal(service: Service) -> None:
+@pytest.mark.parametrize("leave", ["q", "Ctrl-C"])
+def test_live_at_a_terminal(service: Service, leave: str) -> None:
     parent, child = pty.openpty()
     arguments = [sys.executable, "-m", "edgellm", "top", "--endpoint", service.endpoint]
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "30"}
+    before = termios.tcgetattr(child)
     program = subprocess.Popen(arguments, stdin=child, stdout=child, stderr=child, env=environment)
-    os.close(child)
     heard = b""
 
     def wait_for(text: str) -> None:
@@ -103,12 +105,19 @@ def test_live_at_a_terminal(service: Service) -> None:
 
     wait_for(THROTTLED.detail)
     wait_for("88.0 °C tj-thermal")
+    wait_for("q or Ctrl-C: leave")
+    wait_for("0 clients")  # top itself does not count
     heard = b""
     wait_for("88.0 °C tj-thermal")  # it goes on
     service.server.publish_transition(HEATING_UP)
     wait_for("NORMAL → THROTTLED")
-    program.send_signal(signal.SIGINT)
+    if leave == "q":
+        os.write(parent, b"xq")
+    else:
+        program.send_signal(signal.SIGINT)
     assert program.wait(10) == 0
+    assert termios.tcgetattr(child) == before
+    os.close(child)
     os.close(parent)
 
 
@@ -143,3 +152,6 @@ def test_how_things_are_described() -> None:
     assert (told["state"], told["power"]) == ("loading", "12.3 W")
     draining = replace(STATUS, status="draining")
     assert dict(describe(draining, Speed(draining)))["state"] == "NORMAL  draining"
+    hot = replace(draining, state="THROTTLED", reason="heat", detail="hot")
+    assert dict(describe(hot, Speed(hot)))["state"] == "THROTTLED  draining  heat: hot"
+    assert dict(describe(STATUS, Speed(STATUS)))["requests"] == "2 running, 1 queued, 1 client"

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from fake_engine import Service
 from trees import TREES, expand, put, remove
 
 from edgellm.commands import doctor
@@ -16,7 +21,9 @@ from edgellm.doctor.finding import Finding, Level
 from edgellm.doctor.host import CONFIGURATION, Host, run_command
 from edgellm.doctor.power import power_modes
 from edgellm.errors import UsageError
+from edgellm.governor.sensors import Readings
 
+NOBODY = 65534
 NVPMODEL = """
 < POWER_MODEL ID=0 NAME=MAXN >
 CPU_ONLINE CORE_0 1
@@ -243,6 +250,82 @@ def test_device_nodes_and_groups(agx: Path) -> None:
 def test_the_configuration_is_read_as_the_service_would(pc: Path, text: str, level: Level) -> None:
     put(pc, CONFIGURATION, text)
     assert findings(pc)["configuration"].level is level
+
+
+@contextlib.contextmanager
+def ordinary_user() -> Iterator[None]:
+    """Root is refused nothing, so whoever is root becomes nobody for a while."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+@pytest.mark.parametrize("closed", ["etc/edgellm", CONFIGURATION])
+def test_a_configuration_that_this_user_may_not_read(closed: str) -> None:
+    # Not in tmp_path: pytest's own directories are closed to nobody.
+    with tempfile.TemporaryDirectory() as directory:
+        root = expand("pc", Path(directory))
+        root.chmod(0o755)
+        put(root, CONFIGURATION, "[log]\nlevel = 'info'")
+        (root / closed).chmod(0)
+        with ordinary_user():
+            found = findings(root, run=lambda _words: None)
+        (root / closed).chmod(0o700)
+    configuration = found["configuration"]
+    assert configuration.level is Level.WARN
+    assert "cannot be read as uid " in configuration.value
+    assert "group edgellm" in configuration.remedy
+    assert "engine" not in found
+    assert found["memory"].level is Level.OK
+
+
+def test_an_image_is_not_asked_what_only_a_running_system_says(agx: Path) -> None:
+    for name in ("proc", "sys"):
+        remove(agx, name)
+        (agx / name).mkdir()
+    directory = agx / "run/edgellm"
+    directory.mkdir(parents=True)
+    directory.chmod(0o777)
+    found = findings(agx)
+    assert {name for name, finding in found.items() if finding.value == "not asked"} >= {
+        *("board", "python", "power mode", "thermal", "memory", "devices", "socket", "systemd"),
+    }
+    assert not {"pressure", "swap", "GPU clock", "sensors", "daemon"} & set(found)
+    # Its files are still looked at.
+    assert found["release"].value.startswith("JetPack 5")
+    assert {name for name, finding in found.items() if finding.level is Level.FAIL} == set()
+
+
+def test_sensors_that_hang_are_a_finding_and_memory_is_known_all_the_same(agx: Path) -> None:
+    release = threading.Event()
+
+    class Hanging:
+        def read(self) -> Readings:
+            release.wait()
+            return Readings(at=0.0)
+
+    try:
+        host = Host(agx, sensors=Hanging(), sensors_timeout_s=0.05)
+        found = {finding.check: finding for finding in examine(host)}
+    finally:
+        release.set()
+    assert found["sensors"].value == "sensors did not answer"
+    assert found["sensors"].level is Level.FAIL
+    assert "thermal" not in found
+    assert found["memory"].value == findings(agx)["memory"].value
+
+
+def test_a_daemon_that_runs_without_a_unit_is_named(pc: Path) -> None:
+    run = pc / "run/edgellm"
+    run.mkdir(parents=True)
+    assert findings(pc, lambda _words: None)["daemon"].value == "none answers"
+    with Service(run):
+        found = findings(pc, lambda _words: None)
+    assert found["daemon"] == Finding("daemon", Level.OK, "ready at ipc:///run/edgellm/edgellm.sock")
 
 
 def test_an_engine_that_is_not_there_is_a_failure(pc: Path) -> None:

@@ -127,6 +127,17 @@ def test_the_shipped_configuration_is_one(tmp_path: Path) -> None:
     assert endpoint.startswith(f"ipc:///run/{directives(UNIT)['RuntimeDirectory'][0]}/")
 
 
+def test_the_tcp_drop_in_undoes_all_that_stands_in_the_way(unit: dict[str, list[str]]) -> None:
+    drop_in = directives(SYSTEMD / "drop-ins" / "tcp.conf")
+    assert unit["PrivateNetwork"] == ["yes"]
+    assert drop_in["PrivateNetwork"] == ["no"]
+    assert unit["RestrictAddressFamilies"] == ["AF_UNIX"]
+    # What server/tcp_address.py looks for; a second assignment adds to the first.
+    assert set(drop_in["RestrictAddressFamilies"][0].split()) == {"AF_INET", "AF_INET6", "AF_NETLINK"}
+    assert drop_in["IPAddressDeny"] == ["any"]
+    assert drop_in["IPAddressAllow"] == ["localhost"]
+
+
 @pytest.mark.parametrize("file", sorted((SYSTEMD / "drop-ins").glob("*.conf")))
 def test_drop_ins_are_complete_by_themselves(file: Path) -> None:
     lines = [line for line in file.read_text().splitlines() if line and not line.startswith("#")]

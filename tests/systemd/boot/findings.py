@@ -404,9 +404,25 @@ def doctor() -> str:
     document = json.loads(done.stdout)
     rows = {row["check"]: row for row in document["findings"]}
     assert done.returncode in (0, 1), done.stdout
-    for name in ("configuration", "engine", "unit", "systemd", "executor cpu"):
+    for name in ("configuration", "engine", "unit", "daemon", "systemd", "executor cpu"):
         assert rows[name]["level"] == "ok", rows[name]
     return f"{document['worst']}; unit {rows['unit']['value']}"
+
+
+@check("edgellm doctor, as anyone")
+def doctor_of_anyone() -> str:
+    done = subprocess.run(
+        ["runuser", "-u", "outsider", "--", "edgellm", "doctor", "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert not done.stderr.strip(), done.stderr
+    assert done.returncode == 1, done.stdout
+    rows = {row["check"]: row for row in json.loads(done.stdout)["findings"]}
+    assert rows["configuration"]["level"] == "warn", rows
+    assert rows["daemon"]["level"] == "warn", rows
+    return f"{rows['configuration']['value']}; daemon: {rows['daemon']['value']}"
 
 
 @check("install again changes nothing")
@@ -428,7 +444,7 @@ def install_again() -> str:
 @check("uninstall leaves nothing but data")
 def uninstall() -> str:
     sh("/source/tools/install.sh", "--uninstall")
-    gone = ("/opt/edgellm", f"/usr/lib/systemd/system/{UNIT}", "/run/edgellm")
+    gone = ("/opt/edgellm", "/usr/local/bin/edgellm", f"/usr/lib/systemd/system/{UNIT}", "/run/edgellm")
     left = [path for path in gone if Path(path).exists()]
     assert not left, left
     assert show("LoadState") == "not-found"
