@@ -32,12 +32,10 @@ class PretrainedConfig(ModelSpec, frozen=True, kw_only=True, forbid_unknown_fiel
     Attributes:
         dtype: of the activations between the linear layers.
         logits_dtype: of the logits.
-        rotary_scaling: always None so far.
     """
 
     dtype: str = "float32"
     logits_dtype: str = "float32"
-    rotary_scaling: None = None
     mapping: Mapping = Mapping()
     quantization: Quantization = Quantization()
 

@@ -109,7 +109,7 @@ class Llama:
         return expected
 
     def _type(self, name: str) -> Type:
-        if "norm" in name or name.endswith(".bias"):
+        if "norm" in name or name.endswith(".bias") or name == "rope_freqs.weight":
             return Type.F32
         return Type.Q8_0 if name == "token_embd.weight" else self.linear
 

@@ -1,4 +1,7 @@
-"""A llama-family decoder in float64 numpy, straight from the formulas: slow, cacheless, easy to check."""
+"""A llama-family decoder in float64 numpy, straight from the formulas: slow, cacheless, easy to check.
+
+Only the scaled rotary frequencies are edgellm's own; `tests/model/test_rotary.py` checks those.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm.checkpoint.base import Checkpoint
+from edgellm.model.rotary import Rotary, make_rotary
 
 Array = NDArray[np.float64]
 
@@ -28,6 +32,11 @@ def reference_logits(checkpoint: Checkpoint, tokens: Sequence[int]) -> Array:
         scaled: Array = x / np.sqrt(mean_square + spec.norm_epsilon) * tensor(name)
         return scaled
 
+    size = spec.head_size
+    rotary = Rotary(spec.rotary_base ** (-2 * np.arange(size // 2) / size))
+    if spec.rotary_scaling is not None:
+        rotary = make_rotary(size, spec.rotary_base, spec.rotary_scaling)
+
     x = tensor("embed_tokens")[list(tokens)]
     for i in range(spec.num_hidden_layers):
         h = norm(x, f"layers.{i}.input_layernorm")
@@ -35,7 +44,9 @@ def reference_logits(checkpoint: Checkpoint, tokens: Sequence[int]) -> Array:
             linear(h, f"layers.{i}.self_attn.{part}_proj").reshape(len(tokens), -1, spec.head_size)
             for part in "qkv"
         )
-        heads = _attention(_rotated(q, spec.rotary_base), _rotated(k, spec.rotary_base), v)
+        if checkpoint.has(f"layers.{i}.self_attn.q_norm"):
+            q, k = norm(q, f"layers.{i}.self_attn.q_norm"), norm(k, f"layers.{i}.self_attn.k_norm")
+        heads = _attention(_rotated(q, rotary), _rotated(k, rotary), v)
         x = x + linear(heads, f"layers.{i}.self_attn.o_proj")
 
         h = norm(x, f"layers.{i}.post_attention_layernorm")
@@ -46,17 +57,17 @@ def reference_logits(checkpoint: Checkpoint, tokens: Sequence[int]) -> Array:
     return linear(x, "lm_head" if checkpoint.has("lm_head") else "embed_tokens")
 
 
-def _rotated(x: Array, base: float) -> Array:
-    """[T, heads, d]: at position p, elements j and j + d/2 turn by p · base^(−2j/d)."""
+def _rotated(x: Array, rotary: Rotary) -> Array:
+    """[T, heads, d]: at position p, elements j and j + d/2 turn by p times the frequency of j."""
     size = x.shape[-1]
     turned = np.empty_like(x)
     for position in range(len(x)):
         for j in range(size // 2):
-            angle = position * base ** (-2 * j / size)
+            angle = position * rotary.frequencies[j]
             a, b = x[position, :, j], x[position, :, j + size // 2]
             turned[position, :, j] = a * np.cos(angle) - b * np.sin(angle)
             turned[position, :, j + size // 2] = a * np.sin(angle) + b * np.cos(angle)
-    return turned
+    return turned * rotary.length
 
 
 def _attention(q: Array, k: Array, v: Array) -> Array:

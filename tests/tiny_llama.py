@@ -1,15 +1,21 @@
-"""Tiny llama models whose random weights are the same everywhere, as GGUF files and for transformers."""
+"""Tiny models, llama and its relatives, whose random weights are the same everywhere: as GGUF files and for
+transformers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf_blocks import random_blocks
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
+
+ARCHITECTURES = {"Llama": "llama", "Mistral": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3"}
+"""transformers' family → GGUF's general.architecture."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +24,8 @@ class TinyLlama:
 
     Attributes:
         vocab: as many tokens as `ggufs.tokens` has, so that the file can carry a vocabulary.
+        family: Qwen2 has biases on q, k and v, Qwen3 norms on query and key heads.
+        scaling: transformers' rope_parameters, without theta.
     """
 
     hidden: int
@@ -31,6 +39,8 @@ class TinyLlama:
     vocab: int = 265
     epsilon: float = 1e-5
     seed: int = 1
+    family: str = "Llama"
+    scaling: Mapping[str, Any] = field(default_factory=dict)
 
     def weights(self) -> dict[str, Array]:
         """Canonical name → float32, rows in Hugging Face's order. RandomState's stream never changes."""
@@ -49,6 +59,12 @@ class TinyLlama:
                 f"layers.{i}.mlp.up_proj": (self.inner, self.hidden),
                 f"layers.{i}.mlp.down_proj": (self.hidden, self.inner),
             }
+            if self.family == "Qwen2":
+                shapes |= {
+                    f"layers.{i}.self_attn.{p}_proj.bias": (query if p == "q" else key,) for p in "qkv"
+                }
+            if self.family == "Qwen3":
+                shapes |= {f"layers.{i}.self_attn.{p}_norm": (self.head_size,) for p in "qk"}
         shapes["norm"] = (self.hidden,)
         if not self.tied:
             shapes["lm_head"] = (self.vocab, self.hidden)
@@ -56,17 +72,33 @@ class TinyLlama:
         for name, shape in shapes.items():
             values = chance.standard_normal(shape)
             # Sizes at which queries attend to something and the residual stream neither dies nor explodes.
-            made[name] = (1 + values / 10 if len(shape) == 1 else 2 * values / np.sqrt(shape[1])).astype(
-                np.float32
-            )
+            if name.endswith(".bias"):
+                values = values / 2
+            elif len(shape) == 1:
+                # A norm on heads sets how sharp attention is.
+                values = 1 + values / (2 if "self_attn" in name else 10)
+            else:
+                values = 2 * values / np.sqrt(shape[1])
+            made[name] = values.astype(np.float32)
         return made
 
-    def write_gguf(self, path: Path, linear: str = "F32", embedding: str = "F32") -> Path:
-        """Write the model as a GGUF file with the `gguf` package; types by their names there."""
+    def write_gguf(
+        self,
+        path: Path,
+        linear: str = "F32",
+        embedding: str = "F32",
+        others: Mapping[str, str] | None = None,
+    ) -> Path:
+        """Write the model as a GGUF file with the `gguf` package; types by their names there.
+
+        Args:
+            others: types of some parts, such as `v_proj`, where files mix them.
+        """
         import gguf
         from ggufs import MERGES, token_types, tokens
 
-        writer = gguf.GGUFWriter(path, "llama")
+        architecture = ARCHITECTURES[self.family]
+        writer = gguf.GGUFWriter(path, architecture)
         writer.add_block_count(self.layers)
         writer.add_context_length(4096)
         writer.add_embedding_length(self.hidden)
@@ -78,16 +110,22 @@ class TinyLlama:
         writer.add_layer_norm_rms_eps(self.epsilon)
         writer.add_rope_freq_base(self.rotary_base)
         writer.add_rope_dimension_count(self.head_size)
+        self._add_scaling(writer)
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("smollm")
         writer.add_token_list(tokens())
         writer.add_token_types(token_types())
         writer.add_token_merges(MERGES)
         writer.add_eos_token_id(2)
-        for name, values in self.weights().items():
+        for index, (name, values) in enumerate(self.weights().items()):
             kind = "F32" if values.ndim == 1 else embedding if name == "embed_tokens" else linear
+            kind = (others or {}).get(name.rsplit(".", 1)[-1], kind)
             dtype = gguf.GGMLQuantizationType[kind]
-            stored = gguf.quants.quantize(self._as_gguf(name, values), dtype)
+            if kind.endswith("_K"):
+                # The package cannot quantize to these; other random values of the same size do as well.
+                stored = random_blocks(kind, values.shape, 2 / np.sqrt(values.shape[1]), self.seed + index)
+            else:
+                stored = gguf.quants.quantize(self._as_gguf(name, values), dtype)
             writer.add_tensor(_gguf_name(name), stored, raw_dtype=dtype)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -96,7 +134,7 @@ class TinyLlama:
         return path
 
     def transformers_config(self) -> dict[str, Any]:
-        """Arguments of transformers.LlamaConfig."""
+        """Arguments of transformers' config class of the family."""
         return {
             "vocab_size": self.vocab,
             "hidden_size": self.hidden,
@@ -106,18 +144,44 @@ class TinyLlama:
             "num_key_value_heads": self.kv_heads,
             "head_dim": self.head_size,
             "rms_norm_eps": self.epsilon,
-            "rope_theta": self.rotary_base,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rotary_base, **self.scaling},
             "tie_word_embeddings": self.tied,
             "max_position_embeddings": 4096,
         }
 
     def _as_gguf(self, name: str, values: Array) -> Array:
-        """Rows of q and k in llama.cpp's order (convert_hf_to_gguf.py, `LlamaModel.permute`)."""
+        """Rows of llama's q and k in llama.cpp's order (convert_hf_to_gguf.py, `LlamaModel.permute`)."""
         heads = {"q_proj": self.heads, "k_proj": self.kv_heads}.get(name.rsplit(".", 1)[-1])
-        if heads is None:
+        if heads is None or ARCHITECTURES[self.family] != "llama":
             return values
         split = values.reshape(heads, 2, self.head_size // 2, -1)
         return np.ascontiguousarray(split.swapaxes(1, 2).reshape(values.shape))
+
+    def _add_scaling(self, writer: Any) -> None:
+        """The keys of linear and YaRN; llama3's factors as a tensor, as convert_hf_to_gguf.py has them."""
+        import gguf
+
+        scaling = self.scaling
+        match scaling.get("rope_type"):
+            case "linear" | "yarn" as kind:
+                writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+                writer.add_rope_scaling_factor(scaling["factor"])
+                if kind == "yarn":
+                    writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+            case "llama3":
+                low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+                context = scaling["original_max_position_embeddings"]
+                factors = []
+                for j in range(0, self.head_size, 2):
+                    wavelength = 2 * np.pi * self.rotary_base ** (j / self.head_size)
+                    if wavelength < context / high:
+                        factors.append(1.0)
+                    elif wavelength > context / low:
+                        factors.append(scaling["factor"])
+                    else:
+                        smooth = (context / wavelength - low) / (high - low)
+                        factors.append(1 / ((1 - smooth) / scaling["factor"] + smooth))
+                writer.add_tensor("rope_freqs.weight", np.array(factors, np.float32))
 
 
 def _gguf_name(name: str) -> str:
@@ -134,12 +198,40 @@ def _gguf_name(name: str) -> str:
         "gate_proj": "ffn_gate",
         "up_proj": "ffn_up",
         "down_proj": "ffn_down",
+        "q_norm": "attn_q_norm",
+        "k_norm": "attn_k_norm",
     }
     fields = name.split(".")
-    return f"blk.{fields[1]}.{parts[fields[-1]]}.weight"
+    kind = "bias" if fields[-1] == "bias" else "weight"
+    return f"blk.{fields[1]}.{parts[fields[3] if kind == 'bias' else fields[-1]]}.{kind}"
 
+
+# Of so short an original context that the twelve tokens of the golden files see the difference.
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 24,
+}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
 
 TINY = {
     "3/1 heads of 64, tied": TinyLlama(96, 3, 1, 64, 128, tied=True, rotary_base=1e4),
     "9/3 heads of 16, untied": TinyLlama(72, 9, 3, 16, 80, tied=False, rotary_base=1e5, seed=2),
+    "mistral": TinyLlama(64, 4, 2, 32, 96, tied=False, rotary_base=1e6, seed=4, family="Mistral"),
+    "qwen2, 7/1 heads, tied": TinyLlama(
+        112, 7, 1, 16, 96, tied=True, rotary_base=1e6, seed=5, family="Qwen2"
+    ),
+    "qwen2, untied": TinyLlama(64, 4, 4, 16, 80, tied=False, rotary_base=1e6, seed=6, family="Qwen2"),
+    # Heads are wider than the residual stream together, as in Qwen3-4B.
+    "qwen3, tied": TinyLlama(64, 5, 1, 32, 96, tied=True, rotary_base=1e6, seed=7, family="Qwen3"),
+    "qwen3, untied": TinyLlama(96, 4, 2, 64, 80, tied=False, rotary_base=1e6, seed=8, family="Qwen3"),
+    "llama3 scaling": TinyLlama(64, 4, 2, 32, 96, tied=True, rotary_base=5e5, seed=9, scaling=LLAMA3),
+    "linear scaling": TinyLlama(64, 4, 2, 32, 96, tied=True, rotary_base=1e4, seed=10, scaling=LINEAR),
+    "yarn scaling": TinyLlama(64, 4, 2, 32, 96, tied=True, rotary_base=1e4, seed=11, scaling=YARN),
+    "qwen3, yarn": TinyLlama(
+        64, 2, 1, 64, 96, tied=True, rotary_base=1e6, seed=12, family="Qwen3", scaling=YARN
+    ),
 }

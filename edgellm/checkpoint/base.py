@@ -26,6 +26,7 @@ class Checkpoint(Protocol):
         spec: the architecture's numbers.
         name: what to call the model.
         quantization: how most of the linear layers are stored.
+        stored_bytes: of all tensors on disk.
         chat_template: jinja source, or None.
         bos_id: the token that opens a text, or None.
         add_bos: whether a text starts with bos_id when no chat template writes it.
@@ -41,6 +42,8 @@ class Checkpoint(Protocol):
     def name(self) -> str: ...
     @property
     def quantization(self) -> Quantization: ...
+    @property
+    def stored_bytes(self) -> int: ...
     @property
     def chat_template(self) -> str | None: ...
     @property
@@ -82,17 +85,29 @@ def open_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: there is none, it is damaged, or of an unsupported format or architecture.
     """
     try:
-        ggufs = sorted(path.glob("*.gguf")) if path.is_dir() else None
+        files = sorted(path.iterdir()) if path.is_dir() else None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    if ggufs is not None:
-        if len(ggufs) != 1:
-            raise CheckpointError(
-                f"{path} is a directory with {len(ggufs) or 'no'} GGUF files; name the .gguf file to build"
-            )
-        path = ggufs[0]
 
     # Imported here, so that a family of formats is paid for only by those who open it.
-    from edgellm.checkpoint.gguf_model import GgufCheckpoint
+    if files is not None and path / "config.json" in files:
+        from edgellm.checkpoint.huggingface import HuggingFaceCheckpoint
 
+        return HuggingFaceCheckpoint(path)
+
+    from edgellm.checkpoint.gguf_model import GgufCheckpoint
+    from edgellm.checkpoint.safetensors import refuse_pickles
+
+    if files is not None:
+        ggufs = [file for file in files if file.suffix == ".gguf"]
+        if len(ggufs) != 1:
+            refuse_pickles(files)
+            raise CheckpointError(
+                f"{path} is a directory with {len(ggufs) or 'no'} GGUF files and no config.json; "
+                "name the .gguf file to build, or a model directory"
+            )
+        path = ggufs[0]
+    refuse_pickles([path])
+    if path.suffix == ".safetensors":
+        raise CheckpointError(f"{path} holds tensors alone; name its directory, which has the config.json")
     return GgufCheckpoint(path)

@@ -77,15 +77,21 @@ TENSOR_TYPES: Final[dict[int, TensorType]] = {
     1: TensorType("F16", 1, 2),
     2: TensorType("Q4_0", 32, 18),
     3: TensorType("Q4_1", 32, 20),
+    6: TensorType("Q5_0", 32, 22),
+    7: TensorType("Q5_1", 32, 24),
     8: TensorType("Q8_0", 32, 34),
+    12: TensorType("Q4_K", 256, 144),
+    13: TensorType("Q5_K", 256, 176),
+    14: TensorType("Q6_K", 256, 210),
     30: TensorType("BF16", 1, 2),
 }
 """The types that edgellm reads, by their number in the file."""
 
 _OTHER_TYPES: Final[dict[int, str]] = {
-    **dict(enumerate(("Q5_0", "Q5_1"), start=6)),
     9: "Q8_1",
-    **dict(enumerate(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_K"), start=10)),
+    10: "Q2_K",
+    11: "Q3_K",
+    15: "Q8_K",
     **dict(
         enumerate(
             ("IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ4_NL", "IQ3_S", "IQ2_S", "IQ4_XS"),

@@ -1,7 +1,7 @@
-"""A model in a GGUF file: which keys and tensors make which architecture. So far: `llama`.
+"""A model in a GGUF file: which tensors it has, under llama.cpp's names (gguf-py's constants.py).
 
-Keys and tensor names are those of llama.cpp's gguf-py (constants.py). What this file does not know it refuses
-by name: a scaling key that was silently ignored would be a model that answers a little worse.
+A tensor that this file does not know is refused by name: one that was silently ignored would be a model that
+answers a little worse.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ from typing import Final, Literal
 
 from edgellm.checkpoint.gguf import GgufFile
 from edgellm.checkpoint.gguf_layouts import weight
+from edgellm.checkpoint.gguf_spec import ARCHITECTURES, ROPE_FREQS, read_spec
 from edgellm.errors import CheckpointError
 from edgellm.model.quantization import Quantization
 from edgellm.model.spec import ModelSpec
 from edgellm.model.weights import Grouped, Weight
 from edgellm.text.bpe import CONTROL, BpeVocabulary
-
-ARCHITECTURES: Final = {"llama": "LlamaForCausalLM"}
-"""`general.architecture` → Hugging Face's class name."""
 
 _TOP: Final = {
     "embed_tokens": "token_embd.weight",
@@ -36,30 +34,15 @@ _LAYER: Final = {
     "self_attn.q_proj.bias": "attn_q.bias",
     "self_attn.k_proj.bias": "attn_k.bias",
     "self_attn.v_proj.bias": "attn_v.bias",
+    "self_attn.q_norm": "attn_q_norm.weight",
+    "self_attn.k_norm": "attn_k_norm.weight",
     "post_attention_layernorm": "ffn_norm.weight",
     "mlp.gate_proj": "ffn_gate.weight",
     "mlp.up_proj": "ffn_up.weight",
     "mlp.down_proj": "ffn_down.weight",
 }
-_OPTIONAL: Final = frozenset({"lm_head"} | {f"self_attn.{part}_proj.bias" for part in "qkv"})
-
-_NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
-    "rope.scaling.type": ("none",),
-    "rope.scaling.factor": (0.0, 1.0),
-    "rope.scale_linear": (0.0, 1.0),
-    "rope.scaling.attn_factor": (0.0, 1.0),
-    "expert_count": (0,),
-    "attention.sliding_window": (0,),
-    "attention.scale": (0.0,),
-    "attention.clamp_kqv": (0.0,),
-    "attention.max_alibi_bias": (0.0,),
-    "attention.causal": (True,),
-    "logit_scale": (0.0, 1.0),
-    "embedding_scale": (0.0, 1.0),
-    "residual_scale": (0.0, 1.0),
-    "use_parallel_residual": (False,),
-}
-"""Keys that change the arithmetic in ways edgellm does not do, with the values that change nothing."""
+_BIASES: Final = frozenset(f"self_attn.{part}_proj.bias" for part in "qkv")
+_HEAD_NORMS: Final = frozenset({"self_attn.q_norm", "self_attn.k_norm"})
 
 END_OF_ANSWER: Final = frozenset(
     {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>"}
@@ -79,9 +62,10 @@ class GgufCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.file = GgufFile(path)
-        self.spec = _spec(self.file)
+        self.spec = read_spec(self.file)
+        self._architecture = ARCHITECTURES[self.file.string("general.architecture")]
         self.name = path.stem
-        self._names = dict(_names(self.spec.num_hidden_layers))
+        self._names = dict(_names(self.spec))
         self._check_tensors()
         self.vocabulary = _vocabulary(self.file, self.spec)
         self.chat_template = self.file.string("tokenizer.chat_template", "") or None
@@ -96,12 +80,12 @@ class GgufCheckpoint:
     def quantization(self) -> Quantization:
         """How most linear weights are stored, by bytes; `exclude_modules` names the others."""
         kinds = {name: self._kind(name) for name in self._names if self.has(name) and self._is_matrix(name)}
-        sizes: Counter[tuple[int, bool]] = Counter()
+        sizes: Counter[tuple[int, bool, int]] = Counter()
         for name, kind in kinds.items():
             if name not in _TOP:
                 sizes[kind] += self.file.tensors[self._names[name]].size
         main = sizes.most_common(1)[0][0]
-        bits, asymmetric = main
+        bits, asymmetric, group = main
         algorithms: dict[int, Literal["W4A16", "W8A16", "NO_QUANT"]] = {
             4: "W4A16",
             8: "W8A16",
@@ -109,10 +93,15 @@ class GgufCheckpoint:
         }
         return Quantization(
             quant_algo=algorithms[bits],
-            group_size=0 if bits == 16 else 32,
+            group_size=group,
             has_zero_point=asymmetric,
             exclude_modules=tuple(name for name, kind in kinds.items() if kind != main),
         )
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors in the file."""
+        return sum(info.size for info in self.file.tensors.values())
 
     def has(self, name: str) -> bool:
         """Whether there is a tensor of this canonical name."""
@@ -123,7 +112,9 @@ class GgufCheckpoint:
         if not self.has(name):
             raise CheckpointError(f"{self.path} has no tensor for {name}")
         heads = None
-        if ".self_attn.q_proj" in name:
+        if not self._architecture.permuted:
+            pass
+        elif ".self_attn.q_proj" in name:
             heads = self.spec.num_attention_heads
         elif ".self_attn.k_proj" in name:
             heads = self.spec.num_key_value_heads
@@ -136,21 +127,18 @@ class GgufCheckpoint:
     def _is_matrix(self, name: str) -> bool:
         return len(self.file.tensors[self._names[name]].shape) == 2
 
-    def _kind(self, name: str) -> tuple[int, bool]:
+    def _kind(self, name: str) -> tuple[int, bool, int]:
         tensor = self.tensor(name)
-        return (tensor.bits, tensor.asymmetric) if isinstance(tensor, Grouped) else (16, False)
+        if isinstance(tensor, Grouped):
+            return tensor.bits, tensor.asymmetric, tensor.group
+        return 16, False, 0
 
     def _check_tensors(self) -> None:
-        if "rope_freqs.weight" in self.file.tensors:
-            raise CheckpointError(
-                f"{self.path} scales its rotary frequencies (tensor rope_freqs.weight, as Llama 3.1 does); "
-                "edgellm does not support that"
-            )
         known = {gguf: canonical for canonical, gguf in self._names.items()}
         for gguf in self.file.tensors:
-            if gguf not in known:
+            if gguf not in known and gguf != ROPE_FREQS:
                 raise CheckpointError(
-                    f"{self.path} has tensor {gguf}, which edgellm's llama architecture lacks"
+                    f"{self.path} has tensor {gguf}, which edgellm's {self.spec.architecture} lacks"
                 )
         for canonical, gguf in self._names.items():
             info = self.file.tensors.get(gguf)
@@ -164,7 +152,11 @@ class GgufCheckpoint:
 
     def _required(self, canonical: str) -> bool:
         part = canonical.split(".", 2)[-1]
-        return part not in _OPTIONAL or (part.endswith(".bias") and self.spec.attn_bias)
+        if part in _BIASES:
+            return self.spec.attn_bias
+        if part in _HEAD_NORMS:
+            return self.spec.qk_layernorm
+        return part != "lm_head"
 
     def _special(self, role: str) -> int | None:
         key = f"tokenizer.ggml.{role}_token_id"
@@ -193,75 +185,13 @@ class GgufCheckpoint:
         return eos_ids
 
 
-def _spec(file: GgufFile) -> ModelSpec:
-    architecture = file.string("general.architecture")
-    if architecture not in ARCHITECTURES:
-        supported = ", ".join(ARCHITECTURES)
-        raise CheckpointError(
-            f"{file.path} has general.architecture {architecture}; edgellm reads {supported}"
-        )
-    for suffix, neutral in _NEUTRAL.items():
-        key = f"{architecture}.{suffix}"
-        value = file.values.get(key)
-        if value is not None and not any(value is one or value == one for one in neutral):
-            raise CheckpointError(f"{file.path} has {key} = {value}, which edgellm does not support")
-
-    def integer(suffix: str, default: int | None = None) -> int:
-        return file.integer(f"{architecture}.{suffix}", default, minimum=1)
-
-    hidden, heads = integer("embedding_length"), integer("attention.head_count")
-    kv_heads = integer("attention.head_count_kv", heads)
-    if heads % kv_heads:
-        raise CheckpointError(
-            f"{file.path} has {heads} heads (attention.head_count), no multiple of {kv_heads} key/value heads"
-        )
-    if f"{architecture}.attention.key_length" not in file.values and hidden % heads:
-        raise CheckpointError(f"{file.path} has {heads} heads, which do not divide embedding_length {hidden}")
-    head = integer("attention.key_length", hidden // heads)
-    if (value_head := integer("attention.value_length", head)) != head:
-        raise CheckpointError(
-            f"{file.path} has {architecture}.attention.value_length {value_head}, key_length {head}; "
-            "edgellm wants them equal"
-        )
-    rotary = integer("rope.dimension_count", head)
-    if head % 2 or rotary != head:
-        raise CheckpointError(
-            f"{file.path} has {architecture}.rope.dimension_count {rotary} for heads of {head}; "
-            "edgellm rotates whole heads of even width"
-        )
-    layers = integer("block_count")
-    if layers > len(file.tensors):
-        raise CheckpointError(
-            f"{file.path}: {architecture}.block_count is {layers}, for {len(file.tensors)} tensors in all"
-        )
-    epsilon = file.real(f"{architecture}.attention.layer_norm_rms_epsilon")
-    base = file.real(f"{architecture}.rope.freq_base", 10000.0)
-    for key, number in (("attention.layer_norm_rms_epsilon", epsilon), ("rope.freq_base", base)):
-        if number <= 0:
-            raise CheckpointError(f"{file.path}: {architecture}.{key} is {number}, which should be positive")
-    return ModelSpec(
-        architecture=ARCHITECTURES[architecture],
-        vocab_size=len(file.strings("tokenizer.ggml.tokens")),
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_size=head,
-        intermediate_size=integer("feed_forward_length"),
-        norm_epsilon=epsilon,
-        max_position_embeddings=integer("context_length"),
-        rotary_base=base,
-        attn_bias="blk.0.attn_q.bias" in file.tensors,
-        tie_word_embeddings=_TOP["lm_head"] not in file.tensors,
-    )
-
-
-def _names(layers: int) -> Iterator[tuple[str, str]]:
+def _names(spec: ModelSpec) -> Iterator[tuple[str, str]]:
     """(canonical, GGUF) names in the order in which a model uses them."""
     yield "embed_tokens", _TOP["embed_tokens"]
-    for layer in range(layers):
+    for layer in range(spec.num_hidden_layers):
         for canonical, gguf in _LAYER.items():
-            yield f"layers.{layer}.{canonical}", f"blk.{layer}.{gguf}"
+            if spec.qk_layernorm or canonical not in _HEAD_NORMS:
+                yield f"layers.{layer}.{canonical}", f"blk.{layer}.{gguf}"
     yield "norm", _TOP["norm"]
     yield "lm_head", _TOP["lm_head"]
 
@@ -283,6 +213,8 @@ def _shape(spec: ModelSpec, canonical: str) -> tuple[int, ...]:
         "self_attn.q_proj.bias": (queries,),
         "self_attn.k_proj.bias": (keys,),
         "self_attn.v_proj.bias": (keys,),
+        "self_attn.q_norm": (spec.head_size,),
+        "self_attn.k_norm": (spec.head_size,),
         "mlp.gate_proj": (inner, hidden),
         "mlp.up_proj": (inner, hidden),
         "mlp.down_proj": (hidden, inner),

@@ -25,7 +25,7 @@ DEFAULT_NUM_TOKENS = 256
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command to the command line."""
     parser = subparsers.add_parser("build", help="make an engine directory of a checkpoint")
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="GGUF file")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="GGUF file or model directory")
     parser.add_argument(
         "-o", "--output", type=Path, metavar="ENGINE", required=True, help="directory to make"
     )
@@ -62,7 +62,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--executor", choices=("cpu",), default="cpu", help="what is to run it")
     parser.add_argument(
-        "--model-name", metavar="NAME", help="what to call the model (default: the file's name)"
+        "--model-name",
+        metavar="NAME",
+        help="what to call the model (default: the file's or directory's name)",
     )
     parser.set_defaults(run=run)
 
@@ -119,7 +121,7 @@ def build_config(
     from edgellm.enginedir import BuildConfig
     from edgellm.errors import UsageError
 
-    longest = spec.max_position_embeddings
+    longest = spec.max_context
     if max_batch_size is None:
         max_batch_size = DEFAULT_BATCH_SIZE
     if max_seq_len is None:
@@ -128,7 +130,8 @@ def build_config(
         raise UsageError(f"--max-batch-size {max_batch_size}: at least 1")
     if not 2 <= max_seq_len <= longest:
         raise UsageError(
-            f"--max-seq-len {max_seq_len}: from 2 to the {longest} tokens the model was trained for"
+            f"--max-seq-len {max_seq_len}: from 2 to the {longest} tokens "
+            + ("of the model's sliding window" if longest == spec.sliding_window else "it was trained for")
         )
     most = max_batch_size * max_seq_len
     if max_num_tokens is None:

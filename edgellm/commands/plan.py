@@ -132,7 +132,7 @@ def _engine(args: argparse.Namespace) -> Subject:
         engine.model_name,
         replace(footprint, kv_cache=kv_cache, compute=compute),
         shape,
-        engine.spec.max_position_embeddings,
+        engine.spec.max_context,
         tuple("--" + name.replace("_", "-") for name in beyond),
     )
 
@@ -158,7 +158,7 @@ def _checkpoint(args: argparse.Namespace) -> Subject:
             max_queue=_max_queue(),
         ),
         Shape(build.max_batch_size, build.max_seq_len, build.max_num_tokens),
-        checkpoint.spec.max_position_embeddings,
+        checkpoint.spec.max_context,
     )
 
 

@@ -34,6 +34,8 @@ TOKENIZER_LOADING: Final = 500
 NODE: Final = 7_000
 """What ONNX Runtime holds for a node of the graph."""
 NODES_PER_LAYER: Final = {"int8": 26, "fp32": 14}
+HEAD_NORM_NODES: Final = 7
+"""More per layer where query and key heads are normalised: one that parts q, k and v, three for each norm."""
 FRAGMENTATION: Final = 1.25
 """ONNX Runtime's arena against the tensors that live at the same time."""
 
@@ -140,6 +142,7 @@ class CpuFootprint:
 
     def _graph(self) -> Line:
         layers, each = self.spec.num_hidden_layers, NODES_PER_LAYER[self.compute]
+        each += HEAD_NORM_NODES * self.spec.qk_layernorm
         return Line(
             "graph", layers * each * NODE, f"layers {layers} × nodes {each} × {_n(NODE)} B of ONNX Runtime"
         )
@@ -172,7 +175,9 @@ class CpuFootprint:
         rows = max(min(CHUNK, shape.max_num_tokens, shape.max_seq_len), shape.max_batch_size)
         # Gate and up side by side, their halves, SiLU, product; with offsets two more of the first.
         wide = 10 if self._any_offsets() else 6
-        width = wide * spec.intermediate_size + 6 * spec.hidden_size
+        # The heads together can be wider than the residual stream, as Qwen3's are.
+        stream = max(spec.hidden_size, spec.num_attention_heads * spec.head_size)
+        width = wide * spec.intermediate_size + 6 * stream
         # Half-precision caches: the scores once more, in floats.
         copies = 1 if self.kv_cache == "fp32" else 2
         heads = spec.num_attention_heads
@@ -181,7 +186,7 @@ class CpuFootprint:
             "activations",
             int(FRAGMENTATION * rows * width * FLOAT) + scores,
             f"rows {rows} × ({FRAGMENTATION} × ({wide} × mlp {_n(spec.intermediate_size)} "
-            f"+ 6 × hidden {_n(spec.hidden_size)}) "
+            f"+ 6 × hidden or heads {_n(stream)}) "
             f"+ heads {heads} × tokens {_n(shape.max_seq_len)} × {copies}) × {FLOAT} B",
         )
 

@@ -13,11 +13,13 @@ from typing import Protocol, TypeVar
 
 from edgellm.checkpoint.base import Checkpoint
 from edgellm.errors import BuildError
+from edgellm.model.rotary import Rotary, make_rotary
 from edgellm.model.spec import ModelSpec
 from edgellm.model.weights import Dense, Weight
 
-ARCHITECTURES = ("LlamaForCausalLM",)
-"""What `build_decoder` knows, by Hugging Face's class names."""
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+"""What `build_decoder` knows, by Hugging Face's class names. ModelSpec's numbers tell them apart:
+Qwen2 has biases on q, k and v, Qwen3 norms on q and k, Mistral may have a window."""
 
 V = TypeVar("V")
 
@@ -29,14 +31,13 @@ class Attention:
     Attributes:
         layer: index of the layer, whose caches it uses.
         scale: factor on q·k before the softmax.
-        rotary_base: theta; pair j of a head turns by position · theta^(−2j / head_size) (Su et al. 2021,
-            with Hugging Face's halves: element j pairs with j + head_size / 2).
+        rotary: how far each pair turns; with Hugging Face's halves: element j pairs with j + head_size / 2.
         q_norm, k_norm: [head_size] gains of an RMSNorm on every head before the rotation, or None.
     """
 
     layer: int
     scale: float
-    rotary_base: float
+    rotary: Rotary
     q_norm: Weight | None = None
     k_norm: Weight | None = None
 
@@ -81,7 +82,7 @@ def build_decoder(graph: Graph[V], checkpoint: Checkpoint) -> V:
     """Write the checkpoint's network on `graph`; gives its logits.
 
     Raises:
-        BuildError: the network has a part that is not written here.
+        BuildError: the network has a part that is not written here, or tensors that its numbers deny.
         CheckpointError: a tensor is missing.
     """
     spec = checkpoint.spec
@@ -93,6 +94,7 @@ def build_decoder(graph: Graph[V], checkpoint: Checkpoint) -> V:
     def bias(name: str, size: int) -> Weight | None:
         return weight(f"{name}.bias", size) if checkpoint.has(f"{name}.bias") else None
 
+    rotary = _rotary(spec)
     hidden, mlp = spec.hidden_size, spec.intermediate_size
     query, key = spec.num_attention_heads * spec.head_size, spec.num_key_value_heads * spec.head_size
 
@@ -101,6 +103,10 @@ def build_decoder(graph: Graph[V], checkpoint: Checkpoint) -> V:
     for layer in range(spec.num_hidden_layers):
         here = f"layers.{layer}"
         attn, ffn = f"{here}.self_attn", f"{here}.mlp"
+        for name in (f"{attn}.{part}_proj.bias" for part in "qkv"):
+            _require_agreement(checkpoint, name, "attn_bias", expected=spec.attn_bias)
+        for name in (f"{attn}.{part}_norm" for part in "qk"):
+            _require_agreement(checkpoint, name, "qk_layernorm", expected=spec.qk_layernorm)
 
         h = graph.norm(x, weight(f"{here}.input_layernorm", hidden), spec.norm_epsilon)
         parts = {f"{attn}.q_proj": query, f"{attn}.k_proj": key, f"{attn}.v_proj": key}
@@ -112,7 +118,7 @@ def build_decoder(graph: Graph[V], checkpoint: Checkpoint) -> V:
             Attention(
                 layer=layer,
                 scale=spec.head_size**-0.5,
-                rotary_base=spec.rotary_base,
+                rotary=rotary,
                 q_norm=weight(f"{attn}.q_norm", spec.head_size) if spec.qk_layernorm else None,
                 k_norm=weight(f"{attn}.k_norm", spec.head_size) if spec.qk_layernorm else None,
             ),
@@ -152,6 +158,34 @@ def _require_supported(spec: ModelSpec) -> None:
         raise BuildError(
             f"{spec.num_attention_heads} query heads cannot share "
             f"{spec.num_key_value_heads} key/value heads evenly"
+        )
+
+
+def _require_agreement(checkpoint: Checkpoint, name: str, field: str, *, expected: bool) -> None:
+    """That a tensor is there if and only if the model's numbers say so: it is never left out silently."""
+    if checkpoint.has(name) != expected:
+        there = "lacks" if expected else "has"
+        raise BuildError(f"the checkpoint {there} {name}, but its {field} is {expected}")
+
+
+def _rotary(spec: ModelSpec) -> Rotary:
+    try:
+        return make_rotary(spec.head_size, spec.rotary_base, spec.rotary_scaling)
+    except ValueError as error:
+        raise BuildError(f"rotary_scaling makes no sense: {error}") from error
+
+
+def require_context(spec: ModelSpec, max_seq_len: int) -> None:
+    """For emitters: nothing here attends through a sliding window, so a context must fit into it.
+
+    Raises:
+        BuildError: it does not.
+    """
+    window = spec.sliding_window
+    if window is not None and max_seq_len > window:
+        raise BuildError(
+            f"the model attends through a sliding window of {window} tokens, which edgellm does not do; "
+            f"build it for at most that, not for {max_seq_len}"
         )
 
 

@@ -5,8 +5,8 @@
              past_key_values.{layer}.{key,value} f32 or f16 [B, kv_heads, M, head_size], M ≤ max_seq_len
     outputs  logits f32[R, vocab] · present.{layer}.{key,value}, to be bound to the same memory as the past
 
-What is fused: q, k and v; gate and up; a residual sum with the norm that follows it. How a linear computes is
-`onnx_linear.py`.
+What is fused: q, k and v (norms part them again); gate and up; a residual sum with the norm that follows it.
+How a linear computes is `onnx_linear.py`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ import numpy as np
 
 from edgellm.checkpoint.base import Checkpoint
 from edgellm.enginedir import BuildConfig
-from edgellm.errors import BuildError
 from edgellm.executor.base import Progress
-from edgellm.model.decoder import Attention, build_decoder
+from edgellm.model.decoder import Attention, build_decoder, require_context
 from edgellm.model.kv_cache import KV_DTYPES, KvCache
 from edgellm.model.onnx_file import CONTRIB, Dimension, OnnxFile, onnx_type
 from edgellm.model.onnx_linear import Compute, Linears, Value
@@ -50,6 +49,7 @@ def emit(
         CheckpointError: a tensor is missing or damaged.
         OSError: the files cannot be written.
     """
+    require_context(checkpoint.spec, build.max_seq_len)
     file = OnnxFile(directory / MODEL_FILE)
     try:
         graph = OnnxGraph(
@@ -122,10 +122,8 @@ class OnnxGraph:
         return Value(y, x.rank, sum(weight.shape[0] for weight in weights))
 
     def attention(self, qkv: Value, attention: Attention) -> Value:
-        if attention.q_norm is not None or attention.k_norm is not None:
-            raise BuildError("the CPU executor does not normalise query and key heads yet (qk_layernorm)")
         spec, layer = self._spec, attention.layer
-        self._project_heads(qkv, attention.scale)
+        heads = self._heads(qkv, attention)
         y = self._name("attention")
         past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
         present = [f"present.{layer}.{part}" for part in ("key", "value")]
@@ -137,13 +135,14 @@ class OnnxGraph:
             self._file.output(name, self._kv_dtype, cache)
         # The operator's activations have the type of its caches.
         cast = self._kv_dtype != np.float32
-        heads, attended = (f"{y}.heads", f"{y}.attended") if cast else (qkv.name, y)
+        attended = f"{y}.attended" if cast else y
         if cast:
-            self._file.node("Cast", [qkv.name], [heads], to=onnx_type(self._kv_dtype))
+            heads = [self._cast(name, f"{y}.heads.{i}", self._kv_dtype) for i, name in enumerate(heads)]
         # With q, k and v packed into the first input, key and value are left out.
+        query, key, value = heads if len(heads) == 3 else (*heads, "", "")
         self._file.node(
             "GroupQueryAttention",
-            [heads, "", "", *past, "seqlens_k", "total_sequence_length", *self._rotary(attention)],
+            [query, key, value, *past, "seqlens_k", "total_sequence_length", *self._rotary(attention)],
             [attended, *present],
             domain=CONTRIB,
             num_heads=spec.num_attention_heads,
@@ -153,20 +152,63 @@ class OnnxGraph:
             rotary_interleaved=0,
         )
         if cast:
-            self._file.node("Cast", [attended], [y], to=onnx_type(np.float32))
+            self._cast(attended, y, np.float32)
         self._progress("model", (layer + 1) / (spec.num_hidden_layers + 1))
         return Value(y, 3, spec.num_attention_heads * spec.head_size)
 
-    def _project_heads(self, qkv: Value, scale: float) -> None:
-        """Write the projections with attention's scale in q's weights.
+    def _heads(self, qkv: Value, attention: Attention) -> list[str]:
+        """Write the projections; gives q, k and v in one tensor, or in three where there are norms.
 
-        q·k needs no factor then, and ONNX Runtime has a kernel for one row times a transposed matrix that
-        takes none. The scale is exact where it is a power of two, as for heads of 64; otherwise it rounds the
-        float32 scales of q's groups once.
+        Attention's scale is in what makes q: q·k needs no factor then, and ONNX Runtime has a kernel for one
+        row times a transposed matrix that takes none. In a norm's gain it rounds once; in q's weights it is
+        exact where it is a power of two, as for heads of 64, otherwise it rounds the float32 scales of their
+        groups once.
         """
-        x, (query, *weights), (bias, *biases) = self._projections.pop(qkv.name)
-        query, bias = scaled(query, scale), None if bias is None else scaled(bias, scale)
-        self._linears.project(x, [query, *weights], [bias, *biases], qkv.name)
+        x, weights, biases = self._projections.pop(qkv.name)
+        if attention.q_norm is None and attention.k_norm is None:
+            bias = biases[0]
+            weights = [scaled(weights[0], attention.scale), *weights[1:]]
+            biases = [None if bias is None else scaled(bias, attention.scale), *biases[1:]]
+            self._linears.project(x, weights, biases, qkv.name)
+            return [qkv.name]
+
+        # A norm would undo a scale in q's weights. GroupQueryAttention has inputs for these norms, which its
+        # CPU kernel refuses.
+        assert attention.q_norm is not None
+        assert attention.k_norm is not None
+        self._linears.project(x, weights, biases, qkv.name)
+        parts = [f"{qkv.name}.{part}" for part in "qkv"]
+        widths = np.array([weight.shape[0] for weight in weights], np.int64)
+        sizes = self._file.constant("heads.widths", widths)
+        self._file.node("Split", [qkv.name, sizes], parts, axis=-1)
+        query, key, value = parts
+        return [
+            self._normed_heads(query, scaled(attention.q_norm, attention.scale)),
+            self._normed_heads(key, attention.k_norm),
+            value,
+        ]
+
+    def _normed_heads(self, x: str, gain: Weight) -> str:
+        """RMSNorm over each head of x [B, S, heads · head_size]."""
+        size, y = self._spec.head_size, f"{x}.normed"
+        heads = self._file.constant("heads.split", np.array([0, 0, -1, size], np.int64))
+        joined = self._file.constant("heads.joined", np.array([0, 0, -1], np.int64))
+        gamma = self._file.constant(f"{y}.gain", gain.dequantize())
+        self._file.node("Reshape", [x, heads], [f"{x}.heads"])
+        self._file.node(
+            "SimplifiedLayerNormalization",
+            [f"{x}.heads", gamma],
+            [f"{y}.heads"],
+            axis=-1,
+            epsilon=self._spec.norm_epsilon,
+            stash_type=1,
+        )
+        self._file.node("Reshape", [f"{y}.heads", joined], [y])
+        return y
+
+    def _cast(self, x: str, y: str, dtype: type[np.floating]) -> str:
+        self._file.node("Cast", [x], [y], to=onnx_type(dtype))
+        return y
 
     def linear(self, x: Value, weight: Weight, bias: Weight | None, residual: Value) -> Value:
         product = self._linears.project(x, [weight], [bias], self._name("linear"))
@@ -202,12 +244,12 @@ class OnnxGraph:
         return x.name
 
     def _rotary(self, attention: Attention) -> tuple[str, str]:
-        """Tensors [max_seq, head_size / 2]: cos and sin of position · theta^(−2j / head_size)."""
-        size = self._spec.head_size
-        frequency = attention.rotary_base ** (-np.arange(0, size, 2) / size)
-        angle = np.arange(self._max_seq_len)[:, None] * frequency
-        cos = self._file.constant("rotary.cos", np.cos(angle).astype(self._kv_dtype))
-        sin = self._file.constant("rotary.sin", np.sin(angle).astype(self._kv_dtype))
+        """Tensors [max_seq, head_size / 2]: cos and sin."""
+        tables = attention.rotary.tables(self._max_seq_len)
+        cos, sin = (
+            self._file.constant(f"rotary.{name}", table.astype(self._kv_dtype))
+            for name, table in zip(("cos", "sin"), tables, strict=True)
+        )
         return cos, sin
 
     def _name(self, kind: str) -> str:

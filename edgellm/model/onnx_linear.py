@@ -1,14 +1,18 @@
 """Linear layers and the embedding for ONNX Runtime's CPU provider: quantized weights stay so, exactly.
 
 MatMulNBits is fast for symmetric weights alone: float zero points are exact but have no fast kernel, and
-integer ones would round the offset. So an offset goes another way. With c = 8 for 4 bits and 0 for 8,
+integer ones would round the offset. So an offset goes another way. With c = 8 for 4 bits, and for 8 the
+middle of what the layout uses of them, which is mostly 0,
     x · (s·q + o) = x · s·(q − c) + Σ_group(x) · (o + c·s)
 where the sums of x over each group are shared by all linears that read x, and the second product is smaller
 than the first by the size of a group. Where o + c·s is 0 throughout (Q4_0, Q8_0) there is no second product.
+Where groups are of scattered columns, those of x are gathered in the same order first.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -55,6 +59,7 @@ class Linears:
         self._file = file
         self._compute = compute
         self._group_sums: dict[tuple[str, int], str] = {}
+        self._gathered: dict[tuple[str, bytes], str] = {}
         self._embedding: Weight | None = None
 
     def embed(self, ids: str, weight: Weight, name: str) -> Value:
@@ -88,15 +93,16 @@ class Linears:
     def project(
         self, x: Value, weights: Sequence[Weight], biases: Sequence[Weight | None], name: str
     ) -> Value:
-        """x · [weights]ᵀ + [biases], the parts side by side; parts of one layout become one product."""
+        """x · [weights]ᵀ + [biases], the parts side by side; neighbours of one layout become one product."""
         biased = any(bias is not None for bias in biases)
         product = f"{name}.product" if biased else name
-        if len({self._layout(weight) for weight in weights}) == 1:
+        alike = [list(group) for _, group in itertools.groupby(weights, self._layout)]
+        if len(alike) == 1:
             self._multiply(x, weights, name, product)
         else:
-            parts = [f"{name}.{i}" for i in range(len(weights))]
-            for part, weight in zip(parts, weights, strict=True):
-                self._multiply(x, [weight], part, part)
+            parts = [f"{name}.{i}" for i in range(len(alike))]
+            for part, group in zip(parts, alike, strict=True):
+                self._multiply(x, group, part, part)
             self._file.node("Concat", parts, [product], axis=-1)
         if biased:
             values = [
@@ -108,11 +114,11 @@ class Linears:
             )
         return Value(name, x.rank, sum(weight.shape[0] for weight in weights))
 
-    def _layout(self, weight: Weight) -> tuple[int, int] | None:
-        """What the parts of one product have in common: bits and group; None is dense."""
+    def _layout(self, weight: Weight) -> tuple[int, int, bytes] | None:
+        """What the parts of one product have in common: bits, group, order of columns; None is dense."""
         if isinstance(weight, Dense) or self._compute == "fp32":
             return None
-        return weight.bits, weight.group
+        return weight.bits, weight.group, b"" if weight.perm is None else weight.perm.tobytes()
 
     def _multiply(self, x: Value, weights: Sequence[Weight], name: str, output: str) -> None:
         """output = x · [weights]ᵀ, for weights of one layout."""
@@ -123,7 +129,9 @@ class Linears:
                 "FusedMatMul", [x.name, self._dense(weights, base)], [output], domain=CONTRIB, transB=1
             )
             return
-        bits, group = layout
+        bits, group, order = layout
+        if order:
+            x = self._gather(x, order)
         grouped = self._grouped([weight for weight in weights if isinstance(weight, Grouped)], base)
         main = output if grouped.rest is None else f"{output}.main"
         self._file.node(
@@ -141,6 +149,17 @@ class Linears:
             inputs = [self._sums(x, group), grouped.rest]
             self._file.node("FusedMatMul", inputs, [f"{output}.offsets"], domain=CONTRIB, transB=1)
             self._file.node("Add", [main, f"{output}.offsets"], [output])
+
+    def _gather(self, x: Value, order: bytes) -> Value:
+        """The columns of x in another order (int32), once for all that read them so."""
+        key = (x.name, order)
+        if key not in self._gathered:
+            columns = self._file.constant(
+                f"columns.{hashlib.sha256(order).hexdigest()[:16]}", np.frombuffer(order, np.int32)
+            )
+            self._gathered[key] = f"{x.name}.gathered.{len(self._gathered)}"
+            self._file.node("Gather", [x.name, columns], [self._gathered[key]], axis=-1)
+        return Value(self._gathered[key], x.rank, x.width)
 
     def _sums(self, x: Value, group: int) -> str:
         """Σ_group(x): [..., width] → [..., width / group], once for all that read x."""
@@ -184,14 +203,16 @@ class Linears:
         weight_name, scale_name, rest_name = (f"{base}.{part}" for part in ("weight", "scale", "rest"))
         if not self._file.has(weight_name):
             group = weights[0].group
-            if group < MIN_GROUP or group & (group - 1):
+            if not has_kernel(group):
                 raise BuildError(
                     f"{weights[0].name} has groups of {group}; "
                     f"the CPU executor needs a power of two from {MIN_GROUP} up"
                 )
             groups = [weight.read() for weight in weights]
-            rest = np.concatenate([_rest(part) for part in groups])
-            self._file.constant(weight_name, np.concatenate([_packed(part, group) for part in groups]))
+            centres = [8 if weight.bits == 4 else weight.middle for weight in weights]
+            rest = np.concatenate([_rest(*part) for part in zip(groups, centres, strict=True)])
+            packed = [_packed(*part, group) for part in zip(groups, centres, strict=True)]
+            self._file.constant(weight_name, np.concatenate(packed))
             self._file.constant(scale_name, np.concatenate([part.scale for part in groups]))
             if rest.any():
                 self._file.constant(rest_name, rest)
@@ -205,21 +226,29 @@ class _GroupedNames:
     rest: str | None
 
 
-def _rest(groups: Groups) -> Float:
+def has_kernel(group: int) -> bool:
+    """Whether ONNX Runtime multiplies by weights in groups of this size."""
+    return group >= MIN_GROUP and not group & (group - 1)
+
+
+def _rest(groups: Groups, centre: int) -> Float:
     """o + c·s: what is left of a group's offset when its numbers are centred."""
-    centre = 8 if groups.q.dtype == np.uint8 else 0
-    rest: Float = groups.offsets() + centre * groups.scale
+    rest: Float
+    if groups.zero is not None:
+        rest = (centre - groups.zero.astype(np.float32)) * groups.scale
+    else:
+        rest = groups.offsets() + centre * groups.scale
     return rest
 
 
-def _packed(groups: Groups, group: int) -> NDArray[np.uint8]:
-    """q as MatMulNBits wants it, uint8 [N, groups, bytes]: 4 bits 2i | 2i+1 << 4, or 8 bits + 128."""
+def _packed(groups: Groups, centre: int, group: int) -> NDArray[np.uint8]:
+    """q as MatMulNBits wants it, uint8 [N, groups, bytes]: 4 bits 2i | 2i+1 << 4, or 8 bits − c + 128."""
     q = groups.q
     if q.dtype == np.uint8:
         # A pair of bytes lo, hi is the little-endian word hi << 8 | lo; the packed byte is its hi << 4 | lo.
         words = np.ascontiguousarray(q).view("<u2")
         packed = (words | words >> 4).astype(np.uint8)
     else:
-        packed = np.ascontiguousarray(q).view(np.uint8) ^ np.uint8(0x80)
+        packed = (np.ascontiguousarray(q).view(np.uint8) - np.uint8(centre)) ^ np.uint8(0x80)
     result: NDArray[np.uint8] = packed.reshape(len(q), -1, group * packed.shape[1] // q.shape[1])
     return result

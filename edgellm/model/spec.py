@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from edgellm.model.rotary import RotaryScaling
+
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A decoder-only transformer. Names are TensorRT-LLM's `pretrained_config`.
@@ -20,6 +22,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         norm_epsilon: added to the mean square in every RMSNorm.
         max_position_embeddings: context the model was trained for.
         rotary_base: theta of the rotary embedding.
+        rotary_scaling: how the rotary embedding was stretched to a longer context, or None.
+        sliding_window: positions that a token attends to, itself included, or None for all of them. edgellm
+            runs such a model within one window only, where it makes no difference.
         qk_layernorm: RMSNorm on each query and key head before the rotary embedding (Qwen3).
         attn_bias: q, k and v projections have biases (Qwen2).
         tie_word_embeddings: the head is the embedding matrix.
@@ -36,12 +41,20 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     norm_epsilon: float
     max_position_embeddings: int
     rotary_base: float = 10000.0
+    rotary_scaling: RotaryScaling | None = None
+    sliding_window: int | None = None
     hidden_act: str = "silu"
     position_embedding_type: str = "rope_gpt_neox"
     qk_layernorm: bool = False
     attn_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
+
+    @property
+    def max_context(self) -> int:
+        """The longest context that the model can be run with here."""
+        longest = self.max_position_embeddings
+        return longest if self.sliding_window is None else min(longest, self.sliding_window)
 
     @property
     def queries_per_key(self) -> int:

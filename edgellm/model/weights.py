@@ -2,14 +2,18 @@
 
 A weight is [N, K]: N out features, K in features, row-major. Group-wise quantized weights are
     w[n, k] = scale[n, g] · q[n, k] + offset[n, g],   g = k // group,
-with the offset kept whole in float32 (or as an integer zero point, offset = −scale · zero), because its
+with the offset kept whole in float32 (or as an integer zero point, w = scale · (q − zero)), because its
 rounding to float16 is not exact. Arrays are made when asked for, so that a checkpoint streams through.
+
+Where groups are not of neighbouring columns (GPTQ's act-order), `perm` lists the columns group by group:
+    w[n, perm[k]] = scale[n, g] · q[n, k] + offset[n, g],   g = k // group,
+so x · wᵀ is x[perm] times a matrix with groups in order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -47,13 +51,14 @@ class Groups:
         q: uint8 [N, K] with values 0…15 (4 bit), or int8 [N, K] (8 bit).
         scale: float32 [N, K / group]; the checkpoint's float16 scales, widened.
         offset: float32 [N, K / group], or None where the layout has none (offset 0).
-        zero: uint8 [N, K / group] integer zero points, or None; never set together with offset.
+        zero: [N, K / group] integer zero points, or None; never set together with offset. They may lie one
+            beyond the range of q, as GPTQ's do.
     """
 
     q: NDArray[np.uint8] | NDArray[np.int8]
     scale: Float
     offset: Float | None = None
-    zero: NDArray[np.uint8] | None = None
+    zero: NDArray[np.uint8] | NDArray[np.int16] | None = None
 
     def offsets(self) -> Float:
         """The offset as float32 [N, K / group], whichever way it is stored."""
@@ -77,6 +82,9 @@ class Grouped:
         centred: whether every offset is known to be −8 · scale, the middle of 4 bits (GGUF's Q4_0): an
             executor that centres the numbers then needs no offsets.
         read: gives the arrays.
+        middle: of the range that 8-bit numbers use, where that is not about 0: 16 for GGUF's Q5_K and Q5_1.
+            An executor that rounds activations should centre the numbers, or their rounding is amplified.
+        perm: int32 [K], the columns in the order of `Groups.q`; None: as they are.
     """
 
     name: str
@@ -86,14 +94,24 @@ class Grouped:
     asymmetric: bool
     read: Callable[[], Groups]
     centred: bool = False
+    middle: int = 0
+    perm: NDArray[np.int32] | None = field(default=None, compare=False)
 
     def dequantize(self) -> Float:
         """The weight as float32 [N, K], by the formula at the top of this file."""
         groups = self.read()
         n, k = self.shape
         q = groups.q.reshape(n, k // self.group, self.group).astype(np.float32)
-        w = q * groups.scale[..., None] + groups.offsets()[..., None]
-        return w.reshape(n, k)
+        scale = groups.scale[..., None]
+        if groups.zero is not None:
+            w = (q - groups.zero[..., None]) * scale
+        else:
+            w = q * scale + groups.offsets()[..., None]
+        if self.perm is None:
+            return w.reshape(n, k)
+        in_order = np.empty((n, k), np.float32)
+        in_order[:, self.perm] = w.reshape(n, k)
+        return in_order
 
 
 Weight = Dense | Grouped

@@ -184,10 +184,12 @@ def test_big_endian_is_named(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "big.gguf")
 
 
-def test_unsupported_tensor_type_is_named(tmp_path: Path) -> None:
-    Llama(linear=Type.Q5_0).write(tmp_path / "q5.gguf")
-    with pytest.raises(CheckpointError, match=r"attn_q\.weight as Q5_0; edgellm reads .*Q4_1"):
-        open_checkpoint(tmp_path / "q5.gguf")
+def test_unsupported_tensor_type_is_named(tiny: Path, scratch: Path) -> None:
+    name = b"blk.0.attn_q.weight"
+    at = tiny.read_bytes().index(name) + len(name) + 4 + 2 * 8  # after the count and size of its dimensions
+    for code, stored in ((10, "Q2_K"), (39, "MXFP4"), (99, "type 99")):
+        with pytest.raises(CheckpointError, match=rf"attn_q\.weight as {stored}; edgellm reads .*Q4_1"):
+            open_checkpoint(_patched(tiny, scratch, at, struct.pack("<I", code)))
 
 
 def test_directory_with_one_file(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from edgellm.checkpoint import open_checkpoint
 from edgellm.checkpoint.gguf import GgufFile
-from edgellm.checkpoint.gguf_model import _NEUTRAL
+from edgellm.checkpoint.gguf_spec import NEUTRAL
 from edgellm.errors import CheckpointError
+from edgellm.model.rotary import DivisorScaling, LinearScaling, YarnScaling
 from edgellm.model.weights import Dense, Grouped
 
 PARTS = {
@@ -25,6 +26,8 @@ PARTS = {
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
@@ -60,6 +63,8 @@ def _expected(name: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
     return values
 
 
+HEAD_NORMS = {f"blk.{layer}.attn_{part}_norm.weight": (HEAD,) for layer in range(LAYERS) for part in "qk"}
+YARN = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
 BIASES = {
     f"blk.{layer}.attn_{part}.bias": (n,)
     for layer in range(LAYERS)
@@ -149,16 +154,123 @@ def test_spec_and_special_tokens(tmp_path: Path) -> None:
     assert quantization.exclude_modules == ("embed_tokens",)
 
 
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+def test_rows_of_qwen_are_in_their_own_order(architecture: str, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    extra = BIASES if architecture == "qwen2" else HEAD_NORMS
+    written = Llama(architecture=architecture, extra=extra).write(path)
+    checkpoint = open_checkpoint(path)
+    assert (checkpoint.spec.attn_bias, checkpoint.spec.qk_layernorm) == (
+        architecture == "qwen2",
+        architecture == "qwen3",
+    )
+    assert checkpoint.spec.architecture == f"Q{architecture[1:]}ForCausalLM"
+    for name, values in written.items():
+        np.testing.assert_array_equal(checkpoint.tensor(_canonical(name)).dequantize(), values, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "extra", "without"),
+    [
+        ("qwen2", BIASES, "blk.1.attn_k.bias"),
+        ("qwen3", HEAD_NORMS, "blk.0.attn_q_norm.weight"),
+        ("qwen3", HEAD_NORMS, "blk.1.attn_k_norm.weight"),
+    ],
+)
+def test_what_a_family_always_has_is_missed_by_name(
+    architecture: str, extra: dict[str, tuple[int, ...]], without: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    Llama(architecture=architecture, extra=extra, without=frozenset({without})).write(path)
+    with pytest.raises(CheckpointError, match=f"has no tensor {without}"):
+        open_checkpoint(path)
+
+
+def test_a_norm_on_heads_that_the_family_lacks_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    Llama(extra=HEAD_NORMS).write(path)
+    with pytest.raises(CheckpointError, match=r"attn_q_norm\.weight, which edgellm's LlamaForCausalLM lacks"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("keys", "scaling"),
+    [
+        ({}, None),
+        ({"type": "none"}, None),
+        ({"type": "none", "factor": 4.0}, None),
+        ({"type": "linear", "factor": 1.0}, None),
+        ({"type": "linear", "factor": 4.0}, LinearScaling(factor=4.0)),
+        ({"factor": 4.0}, LinearScaling(factor=4.0)),
+        ({"type": "yarn", "factor": 4.0}, YarnScaling(factor=4.0, original_max_position_embeddings=128)),
+        (
+            {
+                "type": "yarn",
+                "factor": 2.0,
+                "original_context_length": 64,
+                "yarn_beta_fast": 16.0,
+                "yarn_beta_slow": 2.0,
+            },
+            YarnScaling(factor=2.0, original_max_position_embeddings=64, beta_fast=16.0, beta_slow=2.0),
+        ),
+    ],
+)
+def test_rotary_scaling_by_keys(
+    keys: dict[str, Any], scaling: LinearScaling | YarnScaling | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    Llama(keys={f"llama.rope.scaling.{key}": value for key, value in keys.items()}).write(path)
+    assert open_checkpoint(path).spec.rotary_scaling == scaling
+
+
+def test_rotary_scaling_by_the_older_key(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    Llama(keys={"llama.rope.scale_linear": 2.0}).write(path)
+    assert open_checkpoint(path).spec.rotary_scaling == LinearScaling(factor=2.0)
+
+
+def test_rotary_scaling_by_a_tensor(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    llama = Llama(extra={"rope_freqs.weight": (HEAD // 2,)}, linear=Type.F32)
+    llama.write(path)
+    divisors = np.linspace(1, 8, HEAD // 2, dtype="<f4")
+    offset = GgufFile(path).tensors["rope_freqs.weight"].offset
+    raw = bytearray(path.read_bytes())
+    raw[offset : offset + divisors.nbytes] = divisors.tobytes()
+    path.write_bytes(raw)
+    assert open_checkpoint(path).spec.rotary_scaling == DivisorScaling(divisors=tuple(divisors.tolist()))
+
+    divisors[1] = 0
+    raw[offset : offset + divisors.nbytes] = divisors.tobytes()
+    path.write_bytes(raw)
+    with pytest.raises(CheckpointError, match=f"{HEAD // 2} positive divisors"):
+        open_checkpoint(path)
+    llama.keys = {"llama.rope.scaling.factor": 2.0}
+    llama.write(path)
+    with pytest.raises(CheckpointError, match="twice"):
+        open_checkpoint(path)
+    Llama(extra={"rope_freqs.weight": (HEAD,)}, linear=Type.F32).write(path)
+    with pytest.raises(CheckpointError, match=rf"rope_freqs\.weight is F32 of shape \({HEAD},\)"):
+        open_checkpoint(path)
+
+
+def test_a_sliding_window_bounds_the_context(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    for window, longest in ((0, 128), (32, 32), (4096, 128)):
+        Llama(keys={"llama.attention.sliding_window": window}).write(path)
+        assert open_checkpoint(path).spec.max_context == longest
+
+
 def test_further_end_of_turn_keys(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     Llama(keys={"tokenizer.ggml.eot_token_id": 7}).write(path)
     assert open_checkpoint(path).eos_ids == (0, 2, 7)
 
 
-@pytest.mark.parametrize("suffix", sorted(_NEUTRAL))
+@pytest.mark.parametrize("suffix", sorted(NEUTRAL))
 def test_what_would_change_the_arithmetic_is_refused_by_name(tmp_path: Path, suffix: str) -> None:
-    neutral = _NEUTRAL[suffix][-1]
-    other: Any = {str: "yarn", int: 8, float: 4.0, bool: not neutral}[type(neutral)]
+    neutral: Any = NEUTRAL[suffix][-1]
+    other: Any = {int: 8, float: 4.0, bool: not neutral}[type(neutral)]
     path = tmp_path / "tiny.gguf"
     Llama(keys={f"llama.{suffix}": other}).write(path)
     with pytest.raises(CheckpointError, match=rf"llama\.{suffix} = "):
@@ -203,6 +315,12 @@ def test_missing_key_is_named(tmp_path: Path, key: str) -> None:
         ({"llama.attention.value_length": 8}, r"value_length"),
         ({"llama.rope.dimension_count": 8}, r"rope\.dimension_count"),
         ({"llama.rope.freq_base": -1.0}, r"rope\.freq_base"),
+        ({"llama.rope.scaling.type": "longrope"}, r"rope\.scaling\.type longrope"),
+        ({"llama.rope.scaling.type": 3}, r"rope\.scaling\.type should be a string"),
+        ({"llama.rope.scaling.factor": -2.0}, r"factor -2\.0 should be 1 or more"),
+        ({"llama.rope.scaling.type": "yarn"}, r"factor 0\.0 should be 1 or more"),
+        (YARN | {"llama.rope.scaling.yarn_beta_slow": 40.0}, "beta_slow 40"),
+        (YARN | {"llama.rope.scaling.original_context_length": 0}, "original_context_length is 0"),
         ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "rms_epsilon"),
         ({"tokenizer.ggml.model": "llama"}, r"tokenizer\.ggml\.model llama"),
         ({"tokenizer.ggml.token_type": [1, 1]}, "token_type has 2"),
@@ -229,9 +347,6 @@ def test_architecture_and_tensors_that_are_not_known(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     Llama(architecture="gemma3").write(path)
     with pytest.raises(CheckpointError, match="gemma3"):
-        open_checkpoint(path)
-    Llama(extra={"rope_freqs.weight": (HEAD // 2,)}, linear=Type.F32).write(path)
-    with pytest.raises(CheckpointError, match="rope_freqs"):
         open_checkpoint(path)
     Llama(extra={"blk.0.attn_output.bias": (HIDDEN,)}).write(path)
     with pytest.raises(CheckpointError, match=r"blk\.0\.attn_output\.bias"):

@@ -18,6 +18,7 @@ from ggufs import TEMPLATE, Llama, tokens
 from edgellm.cli import main
 from edgellm.enginedir import open_engine, verify_engine
 from edgellm.errors import BuildError, CheckpointError, UsageError
+from edgellm.model.rotary import YarnScaling
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,25 @@ def test_defaults_fit_a_short_model(tiny: Path, tmp_path: Path) -> None:
     assert main(["build", str(tiny), "-o", str(tmp_path / "engine")]) == 0
     build = open_engine(tmp_path / "engine").build
     assert (build.max_batch_size, build.max_seq_len, build.max_num_tokens) == (4, 128, 256)
+
+
+def test_an_engine_keeps_how_its_model_was_stretched(tmp_path: Path) -> None:
+    keys = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0}
+    Llama(keys=keys).write(tmp_path / "tiny.gguf")
+    assert main(["build", str(tmp_path / "tiny.gguf"), "-o", str(tmp_path / "engine")]) == 0
+    scaling = YarnScaling(factor=2.0, original_max_position_embeddings=128)
+    assert open_engine(tmp_path / "engine").spec.rotary_scaling == scaling
+
+
+def test_a_sliding_window_bounds_the_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Llama(keys={"llama.attention.sliding_window": 64}).write(tmp_path / "tiny.gguf")
+    build = ["build", str(tmp_path / "tiny.gguf"), "-o", str(tmp_path / "engine")]
+    assert main([*build, "--max-seq-len", "65"]) == UsageError.exit_code
+    assert (
+        "--max-seq-len 65: from 2 to the 64 tokens of the model's sliding window" in capsys.readouterr().err
+    )
+    assert main(build) == 0
+    assert open_engine(tmp_path / "engine").build.max_seq_len == 64
 
 
 def test_a_model_without_a_template(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from engines import all_logits, tiny_executor
+from engines import MAX_SEQ_LEN, all_logits, tiny_executor
 from numpy.typing import NDArray
 from reference_decoder import reference_logits
 from tiny_llama import TINY, TinyLlama
@@ -20,9 +20,10 @@ from edgellm.model.decoder import build_decoder
 from edgellm.model.onnx import OnnxGraph
 from edgellm.model.onnx_file import OnnxFile
 from edgellm.model.onnx_linear import Linears, Value
+from edgellm.model.rotary import LinearScaling
 from edgellm.model.weights import Dense, Grouped, Groups, Weight
 
-GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "llama_logits.npz")
+GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "decoder.npz")
 TIED = TINY["3/1 heads of 64, tied"]
 
 
@@ -42,6 +43,13 @@ def _kl(got: NDArray[np.floating], expected: NDArray[np.floating]) -> float:
 def test_the_reference_decoder_agrees_with_transformers(name: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(TINY[name].write_gguf(tmp_path / "tiny.gguf"))
     assert _relative(reference_logits(checkpoint, GOLDEN[f"{name}.tokens"]), GOLDEN[f"{name}.logits"]) < 1e-5
+
+
+@pytest.mark.parametrize("name", [name for name, tiny in TINY.items() if tiny.scaling])
+def test_the_golden_files_of_scaled_models_tell_the_scaling(name: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(TINY[name].write_gguf(tmp_path / "tiny.gguf"))
+    unscaled: Any = _Changed(checkpoint, {"rotary_scaling": None})
+    assert _relative(reference_logits(unscaled, GOLDEN[f"{name}.tokens"]), GOLDEN[f"{name}.logits"]) > 0.02
 
 
 @pytest.mark.parametrize("compute", ["fp32", "int8"])
@@ -81,6 +89,38 @@ def test_a_quantized_model_computes_its_dequantized_weights(
     assert _kl(all_logits(fast, tokens), expected) < 0.01
 
 
+K_HIDDEN = {"hidden": 256, "inner": 512}
+K_TIED = replace(TIED, **K_HIDDEN, heads=4)  # type: ignore[arg-type]
+QWEN2 = replace(TINY["qwen2, untied"], **K_HIDDEN, heads=16, kv_heads=8)  # type: ignore[arg-type]
+QWEN3 = replace(TINY["qwen3, tied"], **K_HIDDEN, heads=8)  # type: ignore[arg-type]
+MEDIUM = {"v_proj": "Q6_K", "down_proj": "Q6_K"}
+MIXED: list[tuple[str, str, dict[str, str], TinyLlama]] = [
+    ("Q4_K", "Q6_K", {}, K_TIED),
+    ("Q5_K", "Q5_K", {}, K_TIED),
+    ("Q6_K", "Q6_K", {}, QWEN2),
+    # As llama.cpp's Q4_K_M and Q5_K_M are, and Q4_K_M of a model some of whose widths are no multiple of 256.
+    ("Q4_K", "Q6_K", MEDIUM, QWEN2),
+    ("Q5_K", "Q6_K", MEDIUM, QWEN3),
+    ("Q4_K", "Q8_0", {"v_proj": "Q8_0", "down_proj": "Q5_0", "q_proj": "Q5_1"}, QWEN2),
+    ("Q4_0", "Q4_K", {"k_proj": "F16", "up_proj": "Q4_K", "lm_head": "Q6_K"}, QWEN2),
+    ("Q5_0", "Q8_0", {"gate_proj": "Q5_1"}, QWEN3),
+]
+
+
+@pytest.mark.parametrize(("linear", "embedding", "others", "tiny"), MIXED)
+def test_a_file_of_mixed_types_computes_its_dequantized_weights(
+    linear: str, embedding: str, others: dict[str, str], tiny: TinyLlama, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(tiny.write_gguf(tmp_path / "tiny.gguf", linear, embedding, others))
+    tokens = np.random.default_rng(0).integers(0, tiny.vocab, 12).tolist()
+    expected = reference_logits(checkpoint, tokens)
+    exact = tiny_executor(checkpoint, tmp_path / "fp32", compute="fp32")
+    assert _relative(all_logits(exact, tokens), expected) < 1e-4
+    fast = tiny_executor(checkpoint, tmp_path / "int8", compute="int8")
+    # Q5_K without its middle taken away: 0.18.
+    assert _kl(all_logits(fast, tokens), expected) < 0.01
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_a_half_precision_cache_costs_half_and_little_accuracy(name: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(TINY[name].write_gguf(tmp_path / "tiny.gguf"))
@@ -89,6 +129,15 @@ def test_a_half_precision_cache_costs_half_and_little_accuracy(name: str, tmp_pa
     assert half.info.kv_bytes_per_token * 2 == whole.info.kv_bytes_per_token
     error = _relative(all_logits(half, GOLDEN[f"{name}.tokens"].tolist()), GOLDEN[f"{name}.logits"])
     assert 1e-6 < error < 5e-3
+
+
+def test_a_context_beyond_a_sliding_window_is_refused(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(TIED.write_gguf(tmp_path / "tiny.gguf"))
+    wide: Any = _Changed(checkpoint, {"sliding_window": MAX_SEQ_LEN})
+    tiny_executor(wide, tmp_path / "engine", compute="int8")
+    narrow: Any = _Changed(checkpoint, {"sliding_window": MAX_SEQ_LEN - 1})
+    with pytest.raises(BuildError, match=f"sliding window of {MAX_SEQ_LEN - 1} tokens"):
+        tiny_executor(narrow, tmp_path / "engine", compute="int8")
 
 
 def test_quantized_weights_stay_quantized_and_are_stored_once(tmp_path: Path) -> None:
@@ -106,7 +155,9 @@ def test_quantized_weights_stay_quantized_and_are_stored_once(tmp_path: Path) ->
         ({"hidden_act": "gelu"}, "gelu"),
         ({"position_embedding_type": "alibi"}, "alibi"),
         ({"num_key_value_heads": 2}, "2 key/value heads"),
-        ({"qk_layernorm": True}, "q_norm"),
+        ({"qk_layernorm": True}, r"lacks layers\.0\.self_attn\.q_norm, but its qk_layernorm is True"),
+        ({"attn_bias": True}, r"lacks layers\.0\.self_attn\.q_proj\.bias, but its attn_bias is True"),
+        ({"rotary_scaling": LinearScaling(factor=0.5)}, "rotary_scaling makes no sense: factor 0.5"),
         ({"vocab_size": 266}, "token_embd.weight"),
         ({"intermediate_size": 160}, "ffn_gate.weight"),
     ],
@@ -119,6 +170,18 @@ def test_what_cannot_be_built_is_named(change: dict[str, object], named: str, tm
         build_decoder(graph, checkpoint)
     assert type(caught.value).__name__ in {"BuildError", "CheckpointError"}
     file.abandon()
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "tensor"),
+    [("qwen2, untied", "attn_bias", "q_proj.bias"), ("qwen3, untied", "qk_layernorm", "q_norm")],
+)
+def test_a_tensor_that_the_numbers_deny_is_not_left_out_silently(
+    name: str, field: str, tensor: str, tmp_path: Path
+) -> None:
+    checkpoint: Any = _Changed(open_checkpoint(TINY[name].write_gguf(tmp_path / "tiny.gguf")), {field: False})
+    with pytest.raises(BuildError, match=f"has layers.0.self_attn.{tensor}, but its {field} is False"):
+        tiny_executor(checkpoint, tmp_path / "engine", compute="int8")
 
 
 class _Changed:

@@ -1,0 +1,188 @@
+"""A GGUF file's keys → `ModelSpec`: llama, qwen2 and qwen3; Mistral's models say llama.
+
+Keys are those of llama.cpp's gguf-py (constants.py), and mean what llama.cpp makes of them. What this file
+does not know it refuses by name: a scaling key that was silently ignored would be a model that answers a
+little worse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from edgellm.checkpoint.gguf import GgufFile
+from edgellm.checkpoint.gguf_layouts import weight
+from edgellm.errors import CheckpointError
+from edgellm.model.rotary import (
+    DivisorScaling,
+    LinearScaling,
+    RotaryScaling,
+    YarnScaling,
+    make_rotary,
+)
+from edgellm.model.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What `general.architecture` stands for.
+
+    Attributes:
+        name: Hugging Face's class name.
+        permuted: whether rows of q and k are in llama.cpp's order, rotary pairs adjacent.
+        biases: whether q, k and v always have biases; others may.
+        head_norms: whether query and key heads are normalised.
+    """
+
+    name: str
+    permuted: bool = False
+    biases: bool = False
+    head_norms: bool = False
+
+
+ARCHITECTURES: Final = {
+    "llama": Architecture("LlamaForCausalLM", permuted=True),
+    "qwen2": Architecture("Qwen2ForCausalLM", biases=True),
+    "qwen3": Architecture("Qwen3ForCausalLM", head_norms=True),
+}
+"""By `general.architecture`."""
+
+ROPE_FREQS: Final = "rope_freqs.weight"
+"""Divisors of the rotary frequencies: how convert_hf_to_gguf.py writes Llama 3.1's scaling."""
+
+NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
+    "rope.scaling.attn_factor": (0.0, 1.0),
+    "rope.scaling.yarn_ext_factor": (-1.0, 1.0),
+    "rope.scaling.yarn_attn_factor": (1.0,),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
+    "expert_count": (0,),
+    "attention.scale": (0.0,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attention.causal": (True,),
+    "logit_scale": (0.0, 1.0),
+    "embedding_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "use_parallel_residual": (False,),
+}
+"""Keys that change the arithmetic in ways edgellm does not do, with the values that change nothing."""
+
+
+def read_spec(file: GgufFile) -> ModelSpec:
+    """The numbers of a model, from its keys and from which tensors it has.
+
+    Raises:
+        CheckpointError: a key is missing, makes no sense, or asks for what edgellm does not do.
+    """
+    architecture = file.string("general.architecture")
+    if architecture not in ARCHITECTURES:
+        supported = ", ".join(ARCHITECTURES)
+        raise CheckpointError(
+            f"{file.path} has general.architecture {architecture}; edgellm reads {supported}"
+        )
+    for suffix, neutral in NEUTRAL.items():
+        key = f"{architecture}.{suffix}"
+        value = file.values.get(key)
+        if value is not None and not any(value is one or value == one for one in neutral):
+            raise CheckpointError(f"{file.path} has {key} = {value}, which edgellm does not support")
+
+    def integer(suffix: str, default: int | None = None) -> int:
+        return file.integer(f"{architecture}.{suffix}", default, minimum=1)
+
+    hidden, heads = integer("embedding_length"), integer("attention.head_count")
+    kv_heads = integer("attention.head_count_kv", heads)
+    if heads % kv_heads:
+        raise CheckpointError(
+            f"{file.path} has {heads} heads (attention.head_count), no multiple of {kv_heads} key/value heads"
+        )
+    if f"{architecture}.attention.key_length" not in file.values and hidden % heads:
+        raise CheckpointError(f"{file.path} has {heads} heads, which do not divide embedding_length {hidden}")
+    head = integer("attention.key_length", hidden // heads)
+    if (value_head := integer("attention.value_length", head)) != head:
+        raise CheckpointError(
+            f"{file.path} has {architecture}.attention.value_length {value_head}, key_length {head}; "
+            "edgellm wants them equal"
+        )
+    rotary = integer("rope.dimension_count", head)
+    if head % 2 or rotary != head:
+        raise CheckpointError(
+            f"{file.path} has {architecture}.rope.dimension_count {rotary} for heads of {head}; "
+            "edgellm rotates whole heads of even width"
+        )
+    layers = integer("block_count")
+    if layers > len(file.tensors):
+        raise CheckpointError(
+            f"{file.path}: {architecture}.block_count is {layers}, for {len(file.tensors)} tensors in all"
+        )
+    epsilon = file.real(f"{architecture}.attention.layer_norm_rms_epsilon")
+    base = file.real(f"{architecture}.rope.freq_base", 10000.0)
+    for key, number in (("attention.layer_norm_rms_epsilon", epsilon), ("rope.freq_base", base)):
+        if number <= 0:
+            raise CheckpointError(f"{file.path}: {architecture}.{key} is {number}, which should be positive")
+    return ModelSpec(
+        architecture=ARCHITECTURES[architecture].name,
+        vocab_size=len(file.strings("tokenizer.ggml.tokens")),
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_size=head,
+        intermediate_size=integer("feed_forward_length"),
+        norm_epsilon=epsilon,
+        max_position_embeddings=integer("context_length"),
+        rotary_base=base,
+        rotary_scaling=_rotary_scaling(file, architecture, head, base),
+        sliding_window=file.integer(f"{architecture}.attention.sliding_window", 0) or None,
+        qk_layernorm=ARCHITECTURES[architecture].head_norms,
+        attn_bias=ARCHITECTURES[architecture].biases or "blk.0.attn_q.bias" in file.tensors,
+        tie_word_embeddings="output.weight" not in file.tensors,
+    )
+
+
+def _rotary_scaling(file: GgufFile, architecture: str, head: int, base: float) -> RotaryScaling | None:
+    stored = _divisors(file, head) if ROPE_FREQS in file.tensors else None
+    keyed = _keyed_scaling(file, architecture)
+    if stored is not None and keyed is not None:
+        raise CheckpointError(
+            f"{file.path} scales its rotary frequencies twice, by {architecture}.rope.scaling.type "
+            f"and by tensor {ROPE_FREQS}; edgellm does either"
+        )
+    scaling = stored or keyed
+    try:
+        make_rotary(head, base, scaling)
+    except ValueError as error:
+        raise CheckpointError(f"{file.path}: its rotary scaling makes no sense: {error}") from error
+    return scaling
+
+
+def _keyed_scaling(file: GgufFile, architecture: str) -> RotaryScaling | None:
+    """What rope.scaling.* say. As in llama.cpp, a factor without a type is linear."""
+    here = f"{architecture}.rope.scaling"
+    kind = file.string(f"{here}.type", "linear")
+    factor = file.real(f"{here}.factor", file.real(f"{architecture}.rope.scale_linear", 0.0))
+    match kind:
+        case "none":
+            return None
+        case "linear":
+            return LinearScaling(factor=factor) if factor not in (0.0, 1.0) else None
+        case "yarn":
+            context = file.integer(f"{architecture}.context_length", minimum=1)
+            return YarnScaling(
+                factor=factor,
+                original_max_position_embeddings=file.integer(
+                    f"{here}.original_context_length", context, minimum=1
+                ),
+                beta_fast=file.real(f"{here}.yarn_beta_fast", 32.0),
+                beta_slow=file.real(f"{here}.yarn_beta_slow", 1.0),
+            )
+    raise CheckpointError(f"{file.path} has {here}.type {kind}; edgellm does none, linear and yarn")
+
+
+def _divisors(file: GgufFile, head: int) -> DivisorScaling:
+    info = file.tensors[ROPE_FREQS]
+    if info.shape != (head // 2,) or info.type.elements != 1:
+        raise CheckpointError(
+            f"{file.path}: tensor {ROPE_FREQS} is {info.type.name} of shape {info.shape}; "
+            f"heads of {head} need {head // 2} floats"
+        )
+    return DivisorScaling(divisors=tuple(weight(file, info).dequantize().tolist()))

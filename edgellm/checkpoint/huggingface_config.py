@@ -1,0 +1,368 @@
+"""Hugging Face's config.json → ModelSpec: which keys make which architecture.
+
+Keys and defaults are those of transformers' configuration classes. A key that is not known here is refused
+unless it is off (null, false, empty): one that was silently ignored could be a model that answers a little
+worse.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from edgellm.checkpoint.safetensors import read_json
+from edgellm.errors import CheckpointError
+from edgellm.model.rotary import LinearScaling, Llama3Scaling, RotaryScaling, YarnScaling, make_rotary
+from edgellm.model.spec import ModelSpec
+
+CONFIG: Final = "config.json"
+MAX_CONFIG_BYTES: Final = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What an architecture's code does, beyond what its config.json says.
+
+    Attributes:
+        qkv_bias: q, k and v always have biases.
+        attention_bias: the config can ask for biases on q, k, v and o.
+        mlp_bias: the config can ask for biases in the MLP.
+        qk_layernorm: query and key heads are normalised.
+        head_dim: the config must give head_dim, which is no quotient of others.
+        kv_heads: the config must give num_key_value_heads.
+        window: the key that switches sliding windows on; `sliding_window` itself where there is none.
+    """
+
+    qkv_bias: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    qk_layernorm: bool = False
+    head_dim: bool = False
+    kv_heads: bool = True
+    window: str = "use_sliding_window"
+
+
+FAMILIES: Final = {
+    "LlamaForCausalLM": Family(attention_bias=True, mlp_bias=True, kv_heads=False),
+    "MistralForCausalLM": Family(window="sliding_window"),
+    "Qwen2ForCausalLM": Family(qkv_bias=True),
+    "Qwen3ForCausalLM": Family(attention_bias=True, qk_layernorm=True, head_dim=True),
+}
+"""`architectures` → what is particular to it."""
+
+_READ: Final = frozenset(
+    {
+        "architectures",
+        "attention_bias",
+        "bos_token_id",
+        "eos_token_id",
+        "head_dim",
+        "hidden_act",
+        "hidden_size",
+        "intermediate_size",
+        "layer_types",
+        "max_position_embeddings",
+        "max_window_layers",
+        "mlp_bias",
+        "model_type",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "partial_rotary_factor",
+        "quantization_config",
+        "rms_norm_eps",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "sliding_window",
+        "tie_word_embeddings",
+        "use_sliding_window",
+        "vocab_size",
+    }
+)
+_NO_ARITHMETIC: Final = frozenset(
+    {
+        "attention_dropout",
+        "attn_implementation",
+        "chunk_size_feed_forward",
+        "dtype",
+        "gradient_checkpointing",
+        "hidden_dropout",
+        "id2label",
+        "initializer_range",
+        "is_decoder",
+        "is_llama_config",
+        "label2id",
+        "name_or_path",
+        "num_labels",
+        "pad_token_id",
+        "pretraining_tp",
+        "return_dict",
+        "tokenizer_class",
+        "torch_dtype",
+        "transformers.js_config",
+        "transformers_version",
+        "unk_token_id",
+        "unsloth_fixed",
+        "unsloth_version",
+        "use_cache",
+        # Defaults of sampling, which older files keep here.
+        "diversity_penalty",
+        "do_sample",
+        "early_stopping",
+        "length_penalty",
+        "max_length",
+        "min_length",
+        "num_beam_groups",
+        "num_beams",
+        "num_return_sequences",
+        "repetition_penalty",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+    }
+)
+_ROPE_READ: Final = frozenset({"rope_theta", "rope_type", "type", "partial_rotary_factor"})
+_SCALINGS: Final[dict[str, frozenset[str]]] = {
+    "default": frozenset(),
+    "linear": frozenset({"factor"}),
+    "llama3": frozenset(
+        {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+    ),
+    "yarn": frozenset(
+        {
+            "factor",
+            "original_max_position_embeddings",
+            "beta_fast",
+            "beta_slow",
+            "attention_factor",
+            "truncate",
+        }
+    ),
+}
+"""`rope_type` → the keys that belong to it."""
+
+
+class ConfigFile:
+    """A config.json, or an object inside it, whose values are fetched with their types checked.
+
+    Raises:
+        CheckpointError: by every method, when a value is missing or not what it should be; it is named.
+    """
+
+    def __init__(self, where: str, values: dict[str, Any]) -> None:
+        self.where = where
+        self.values = values
+
+    @classmethod
+    def open(cls, path: Path) -> ConfigFile:
+        """Read the file."""
+        return cls(str(path), read_json(path, MAX_CONFIG_BYTES))
+
+    def integer(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
+        """An integer ≥ minimum; without a default it must be there."""
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.wrong(key, value, "an integer")
+        if value < minimum:
+            raise CheckpointError(f"{self.where}: {key} is {value}, which is below {minimum}")
+        return value
+
+    def positive(self, key: str, default: float | None = None) -> float:
+        """A finite number above 0; without a default it must be there."""
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise self.wrong(key, value, "a number")
+        if not 0 < value < math.inf:
+            raise CheckpointError(f"{self.where}: {key} is {value}, which should be positive and finite")
+        return float(value)
+
+    def string(self, key: str, default: str | None = None) -> str:
+        """A string; without a default it must be there."""
+        value = self._get(key, default)
+        if not isinstance(value, str):
+            raise self.wrong(key, value, "a string")
+        return value
+
+    def boolean(self, key: str, default: bool | None = None) -> bool:
+        """A boolean; without a default it must be there."""
+        value = self._get(key, default)
+        if not isinstance(value, bool):
+            raise self.wrong(key, value, "true or false")
+        return value
+
+    def section(self, key: str) -> ConfigFile | None:
+        """An object; None if it is not there."""
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise self.wrong(key, value, "an object")
+        return ConfigFile(f"{self.where}: {key}", value)
+
+    def wrong(self, key: str, value: object, wanted: str) -> CheckpointError:
+        """The error of a value that is not what it should be."""
+        return CheckpointError(f"{self.where}: {key} should be {wanted}, but it is {value!r:.80}")
+
+    def unsupported(self, key: str) -> CheckpointError:
+        """The error of a value that asks for what edgellm does not do."""
+        return CheckpointError(
+            f"{self.where} has {key} = {self.values[key]!r:.80}, which edgellm does not support"
+        )
+
+    def require_known(self, known: frozenset[str]) -> None:
+        """Refuse keys beyond the known ones, unless they are off or begin with an underscore."""
+        for key, value in self.values.items():
+            off = value is None or value is False or value in ("", [], {})
+            if key not in known and not off and not key.startswith("_"):
+                raise self.unsupported(key)
+
+    def _get(self, key: str, default: Any) -> Any:
+        value = self.values.get(key)
+        if value is None:
+            value = default
+        if value is None:
+            raise CheckpointError(f"{self.where} has no {key}, which edgellm needs")
+        return value
+
+
+def family_of(config: ConfigFile) -> Family:
+    """What is particular to the config's architecture.
+
+    Raises:
+        CheckpointError: there is none, or edgellm does not read it.
+    """
+    return FAMILIES[_architecture(config)]
+
+
+def read_spec(config: ConfigFile) -> ModelSpec:
+    """The model's numbers.
+
+    Raises:
+        CheckpointError: a value is missing or makes no sense, or asks for what edgellm does not do.
+    """
+    architecture = _architecture(config)
+    family = FAMILIES[architecture]
+    config.require_known(_READ | _NO_ARITHMETIC)
+    for key, possible in (("attention_bias", family.attention_bias), ("mlp_bias", family.mlp_bias)):
+        # Qwen2's code has its biases without asking.
+        redundant = key == "attention_bias" and family.qkv_bias
+        if config.boolean(key, False) and not possible and not redundant:
+            raise config.unsupported(key)
+
+    hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    kv_heads = config.integer("num_key_value_heads", None if family.kv_heads else heads)
+    if heads % kv_heads:
+        raise CheckpointError(
+            f"{config.where}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
+        )
+    if config.values.get("head_dim") is None and hidden % heads and not family.head_dim:
+        raise CheckpointError(
+            f"{config.where}: num_attention_heads {heads} does not divide hidden_size {hidden}, "
+            "and there is no head_dim"
+        )
+    head = config.integer("head_dim", None if family.head_dim else hidden // heads)
+    if head % 2:
+        raise CheckpointError(f"{config.where}: heads of {head} cannot be rotated; head_dim must be even")
+    layers, context = config.integer("num_hidden_layers"), config.integer("max_position_embeddings")
+    base, scaling = _rotary(config, head, context)
+    if config.string("hidden_act") != "silu":
+        raise config.unsupported("hidden_act")
+    return ModelSpec(
+        architecture=architecture,
+        vocab_size=config.integer("vocab_size"),
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_size=head,
+        intermediate_size=config.integer("intermediate_size"),
+        norm_epsilon=config.positive("rms_norm_eps"),
+        max_position_embeddings=context,
+        rotary_base=base,
+        rotary_scaling=scaling,
+        sliding_window=_window(config, family, layers, context),
+        qk_layernorm=family.qk_layernorm,
+        attn_bias=family.qkv_bias or config.boolean("attention_bias", False),
+        mlp_bias=config.boolean("mlp_bias", False),
+        tie_word_embeddings=config.boolean("tie_word_embeddings", False),
+    )
+
+
+def _architecture(config: ConfigFile) -> str:
+    match config.values.get("architectures"):
+        case [str(architecture)] if architecture in FAMILIES:
+            return architecture
+        case found:
+            raise CheckpointError(
+                f"{config.where} has architectures {found!r:.80}; edgellm reads {', '.join(FAMILIES)}"
+            )
+
+
+def _rotary(config: ConfigFile, head: int, context: int) -> tuple[float, RotaryScaling | None]:
+    """theta and scaling; transformers 5 has both in `rope_parameters`, older ones theta apart."""
+    base, scaling = config.positive("rope_theta", 10000.0), None
+    if config.positive("partial_rotary_factor", 1.0) != 1:
+        raise config.unsupported("partial_rotary_factor")
+    for where in (config.section("rope_parameters"), config.section("rope_scaling")):
+        if where is None:
+            continue
+        if where.positive("partial_rotary_factor", 1.0) != 1:
+            raise where.unsupported("partial_rotary_factor")
+        key = "rope_type" if where.values.get("rope_type") is not None else "type"
+        kind = where.string(key, "default")
+        if kind not in _SCALINGS:
+            raise where.unsupported(key)
+        where.require_known(_ROPE_READ | _SCALINGS[kind])
+        scaling = _scaling(where, kind, context) or scaling
+        base = where.positive("rope_theta", base)
+        try:
+            make_rotary(head, base, scaling)
+        except ValueError as error:
+            raise CheckpointError(f"{where.where}: {error}") from error
+    return base, scaling
+
+
+def _scaling(where: ConfigFile, kind: str, context: int) -> RotaryScaling | None:
+    if kind == "linear":
+        return LinearScaling(factor=where.positive("factor"))
+    if kind == "llama3":
+        return Llama3Scaling(
+            factor=where.positive("factor"),
+            low_freq_factor=where.positive("low_freq_factor"),
+            high_freq_factor=where.positive("high_freq_factor"),
+            original_max_position_embeddings=where.integer("original_max_position_embeddings"),
+        )
+    if kind == "yarn":
+        length = where.values.get("attention_factor")
+        return YarnScaling(
+            factor=where.positive("factor"),
+            original_max_position_embeddings=where.integer("original_max_position_embeddings", context),
+            beta_fast=where.positive("beta_fast", 32.0),
+            beta_slow=where.positive("beta_slow", 1.0),
+            attention_factor=None if length is None else where.positive("attention_factor"),
+            truncate=where.boolean("truncate", True),
+        )
+    return None
+
+
+def _window(config: ConfigFile, family: Family, layers: int, context: int) -> int | None:
+    """Positions that a token sees in the layers that see the fewest; None for all of them."""
+    kinds = config.values.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or len(kinds) != layers):
+        raise config.wrong("layer_types", kinds, f"a list of {layers}")
+    if kinds is not None and any(kind not in ("full_attention", "sliding_attention") for kind in kinds):
+        raise config.unsupported("layer_types")
+    switched_on = family.window == "sliding_window" or config.boolean(family.window, False)
+    if not switched_on or config.values.get("sliding_window") is None:
+        if kinds is not None and "sliding_attention" in kinds:
+            raise config.unsupported("layer_types")
+        return None
+    # A window as wide as the context, or one that begins at a layer that is not there, changes nothing.
+    window = config.integer("sliding_window")
+    first = config.integer("max_window_layers", 0, minimum=0) if family.window != "sliding_window" else 0
+    narrow = "sliding_attention" in kinds if kinds is not None else first < layers
+    return window if narrow and window < context else None

@@ -1,0 +1,180 @@
+"""A model directory's files about text: tokenizer, special tokens, chat template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+from edgellm.checkpoint.gguf_model import END_OF_ANSWER
+from edgellm.checkpoint.huggingface_config import MAX_CONFIG_BYTES, ConfigFile
+from edgellm.checkpoint.safetensors import parse_json, read_bytes, read_json
+from edgellm.errors import CheckpointError
+
+TOKENIZER: Final = "tokenizer.json"
+TOKENIZER_CONFIG: Final = "tokenizer_config.json"
+CHAT_TEMPLATE: Final = "chat_template.jinja"
+GENERATION_CONFIG: Final = "generation_config.json"
+MAX_TOKENIZER_BYTES: Final = 1 << 28
+
+
+class TextFiles:
+    """tokenizer.json, tokenizer_config.json, generation_config.json and chat_template.jinja of a directory.
+
+    Attributes:
+        chat_template, bos_id, add_bos, eos_ids, bos_token, eos_token: see `Checkpoint`.
+
+    Raises:
+        CheckpointError: one is missing or damaged, or nothing would end an answer.
+    """
+
+    def __init__(self, path: Path, config: ConfigFile, vocab_size: int) -> None:
+        self._path = path
+        self._vocab_size = vocab_size
+        self._raw = read_bytes(path / TOKENIZER, MAX_TOKENIZER_BYTES)
+        tokenizer = parse_json(self._raw, str(path / TOKENIZER))
+        special = _optional(path / TOKENIZER_CONFIG)
+        self._byte_level = _is_byte_level(tokenizer)
+        self._added = self._added_tokens(tokenizer)
+        self._check_vocabulary(tokenizer)
+        self.chat_template = _chat_template(path, special)
+        self.bos_token, self.eos_token = (self._special_token(special, role) for role in ("bos", "eos"))
+        self.eos_ids = self._eos_ids(config, _optional(path / GENERATION_CONFIG))
+        self.bos_id = self._id_of(tokenizer, self.bos_token) if self.bos_token else None
+        self.add_bos = self.bos_id is not None and self._adds_bos(tokenizer, special)
+
+    def tokenizer_json(self) -> bytes:
+        """The file as it is.
+
+        Raises:
+            CheckpointError: it is of a kind that edgellm does not know.
+        """
+        if not self._byte_level:
+            raise CheckpointError(
+                f"{self._path / TOKENIZER} is not a byte-level BPE tokenizer (SentencePiece-style ones, as "
+                "Llama 2's, are not supported yet)"
+            )
+        return self._raw
+
+    def _added_tokens(self, tokenizer: dict[str, Any]) -> dict[str, tuple[int, bool]]:
+        """Text → id and whether it is special."""
+        added: dict[str, tuple[int, bool]] = {}
+        for token in tokenizer.get("added_tokens") or ():
+            match token:
+                case {"id": int(number), "content": str(content), **more}:
+                    added[content] = number, more.get("special") is True
+                case _:
+                    raise CheckpointError(
+                        f"{self._path / TOKENIZER}: added_tokens has {token!r:.80}, without id and content"
+                    )
+        return added
+
+    def _check_vocabulary(self, tokenizer: dict[str, Any]) -> None:
+        vocabulary = _vocabulary(tokenizer)
+        ids = [*(number for number, _ in self._added.values()), *vocabulary.values()]
+        largest = max((number for number in ids if isinstance(number, int)), default=-1)
+        if largest < 0:
+            raise CheckpointError(f"{self._path / TOKENIZER} has no tokens")
+        if largest >= self._vocab_size:
+            raise CheckpointError(
+                f"{self._path / TOKENIZER} has token {largest}, but config.json's vocab_size is "
+                f"{self._vocab_size}"
+            )
+
+    def _id_of(self, tokenizer: dict[str, Any], text: str) -> int:
+        if text in self._added:
+            return self._added[text][0]
+        number = _vocabulary(tokenizer).get(text)
+        if not isinstance(number, int):
+            raise CheckpointError(
+                f"{self._path / TOKENIZER_CONFIG} names token {text!r:.80}, which {TOKENIZER} lacks"
+            )
+        return number
+
+    def _special_token(self, special: ConfigFile, role: str) -> str:
+        match special.values.get(f"{role}_token"):
+            case None:
+                return ""
+            case str(text) | {"content": str(text)}:
+                return text
+            case other:
+                raise special.wrong(f"{role}_token", other, "a token's text")
+
+    def _eos_ids(self, *configs: ConfigFile) -> tuple[int, ...]:
+        named = {
+            number for text, (number, special) in self._added.items() if special and text in END_OF_ANSWER
+        }
+        if self.eos_token in self._added:
+            named.add(self._added[self.eos_token][0])
+        for config in configs:
+            value = config.values.get("eos_token_id")
+            for number in value if isinstance(value, list) else [] if value is None else [value]:
+                if isinstance(number, bool) or not isinstance(number, int):
+                    raise config.wrong("eos_token_id", value, "a token's number, or a list of them")
+                if not 0 <= number < self._vocab_size:
+                    raise CheckpointError(
+                        f"{config.where}: eos_token_id is {number}, but there are {self._vocab_size} tokens"
+                    )
+                named.add(number)
+        if not named:
+            raise CheckpointError(
+                f"{self._path} has no eos_token_id in config.json or {GENERATION_CONFIG}: "
+                "nothing would end an answer"
+            )
+        return tuple(sorted(named))
+
+    def _adds_bos(self, tokenizer: dict[str, Any], special: ConfigFile) -> bool:
+        """Whether a text begins with BOS: as the config says, or else as tokenizer.json's template does."""
+        if special.values.get("add_bos_token") is not None:
+            return special.boolean("add_bos_token")
+        processor = tokenizer.get("post_processor")
+        steps = [processor, *((processor or {}).get("processors") or ())] if processor else []
+        first = [(step.get("single") or [None])[0] for step in steps if isinstance(step, dict)]
+        return any(
+            isinstance(piece, dict) and (piece.get("SpecialToken") or {}).get("id") == self.bos_token
+            for piece in first
+        )
+
+
+def _vocabulary(tokenizer: dict[str, Any]) -> dict[str, Any]:
+    match tokenizer:
+        case {"model": {"vocab": dict(vocabulary)}}:
+            return vocabulary
+    return {}
+
+
+def _is_byte_level(tokenizer: dict[str, Any]) -> bool:
+    """Whether tokens spell bytes in GPT-2's alphabet."""
+    match tokenizer:
+        case {"model": {"type": "BPE"}, "decoder": {"type": "ByteLevel"}}:
+            return True
+        case {"model": {"type": "BPE"}, "decoder": {"type": "Sequence", "decoders": list(steps)}}:
+            return any(isinstance(step, dict) and step.get("type") == "ByteLevel" for step in steps)
+    return False
+
+
+def _chat_template(path: Path, special: ConfigFile) -> str | None:
+    """chat_template.jinja, or the template in tokenizer_config.json: a string, or a list of named ones."""
+    if (path / CHAT_TEMPLATE).is_file():
+        try:
+            return read_bytes(path / CHAT_TEMPLATE, MAX_CONFIG_BYTES).decode()
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{path / CHAT_TEMPLATE} is not UTF-8") from error
+    match special.values.get("chat_template"):
+        case None | "" | []:
+            return None
+        case str(template):
+            return template
+        case [{"template": str(template)}]:
+            return template
+        case list(named):
+            for one in named:
+                match one:
+                    case {"name": "default", "template": str(template)}:
+                        return template
+    raise special.wrong(
+        "chat_template", special.values["chat_template"], "a template, or a list with a default one"
+    )
+
+
+def _optional(path: Path) -> ConfigFile:
+    return ConfigFile(str(path), read_json(path, MAX_CONFIG_BYTES) if path.is_file() else {})

@@ -1,0 +1,266 @@
+"""`edgellm inspect PATH`: what a checkpoint or an engine is, and what of it edgellm would refuse.
+
+Exit code: 0; 65 if a build would end with something being refused; 66 for a damaged engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from edgellm.checkpoint import Checkpoint
+    from edgellm.model.inventory import Matrices
+    from edgellm.model.spec import ModelSpec
+
+_Found = TypeVar("_Found")
+
+KV_BYTES: Final = {"fp16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """Weights that are stored in one way.
+
+    Attributes:
+        weights: how many numbers.
+        bits: of each, its group's scale apart.
+        group: how many share a scale; 0: unquantized.
+        offsets: whether groups have an offset or zero point that is more than the middle of the range.
+    """
+
+    weights: int
+    bits: int
+    group: int
+    offsets: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What there is to say. None where it cannot be known, because of what `refused` says.
+
+    Attributes:
+        kind: what it is.
+        name: the model's.
+        architecture: Hugging Face's class name.
+        parameters: numbers in all tensors; a tied head counts once.
+        stored_bytes: of the tensors on disk.
+        bits_per_weight: the quotient of these.
+        quantization: TensorRT-LLM's name of how most linear layers are stored.
+        storage: every way in which matrices are stored, most used first.
+        kv_bytes_per_token: in the caches of all layers, by their element type.
+        context: tokens of the longest text that edgellm runs it with.
+        tokens: of the tokenizer.
+        chat_template: whether there is one.
+        eos_ids: the tokens that end an answer.
+        refused: what edgellm would not build or serve, and why.
+    """
+
+    path: str
+    kind: Literal["checkpoint", "engine"]
+    name: str | None = None
+    architecture: str | None = None
+    parameters: int | None = None
+    stored_bytes: int | None = None
+    bits_per_weight: float | None = None
+    quantization: str | None = None
+    storage: tuple[Storage, ...] = ()
+    kv_bytes_per_token: dict[str, int] | None = None
+    context: int | None = None
+    tokens: int | None = None
+    chat_template: bool | None = None
+    eos_ids: tuple[int, ...] = ()
+    refused: tuple[str, ...] = ()
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to the command line."""
+    parser = subparsers.add_parser(
+        "inspect",
+        help="say what a checkpoint or engine is, and what of it would be refused",
+        description="Say what a checkpoint or engine is. Exit code: 0, or 65 if something would be refused.",
+    )
+    parser.add_argument("path", type=Path, metavar="PATH", help="GGUF file, model directory or engine")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report.
+
+    Raises:
+        UsageError: the path is a model's name, and no file.
+        EngineError: the engine is damaged.
+    """
+    from edgellm.commands.build import refuse_model_name
+    from edgellm.enginedir import is_engine
+    from edgellm.errors import CheckpointError
+
+    refuse_model_name(args.path)
+    report = _engine(args.path) if is_engine(args.path) else _checkpoint(args.path)
+    print(json.dumps(asdict(report), ensure_ascii=False, indent=2) if args.json else _as_text(report))
+    return CheckpointError.exit_code if report.refused else 0
+
+
+def _checkpoint(path: Path) -> Report:
+    from edgellm.checkpoint import open_checkpoint
+    from edgellm.errors import CheckpointError, OperatorError
+    from edgellm.model.inventory import take_inventory
+
+    try:
+        checkpoint = open_checkpoint(path)
+    except CheckpointError as error:
+        return Report(str(path), "checkpoint", refused=(str(error),))
+    refused: list[str] = []
+
+    def unless_refused(look: Callable[[], _Found]) -> _Found | None:
+        try:
+            return look()
+        except OperatorError as error:
+            refused.append(str(error))
+            return None
+
+    weights = unless_refused(lambda: take_inventory(checkpoint)) or ()
+    tokens = unless_refused(lambda: _tokens_of(checkpoint.tokenizer_json()))
+    unless_refused(lambda: _compile_template(checkpoint))
+    parameters = _parameters(weights, checkpoint.spec) if weights else None
+    return Report(
+        str(path),
+        "checkpoint",
+        name=checkpoint.name,
+        architecture=checkpoint.spec.architecture,
+        parameters=parameters,
+        stored_bytes=checkpoint.stored_bytes,
+        bits_per_weight=_bits(checkpoint.stored_bytes, parameters),
+        quantization=checkpoint.quantization.quant_algo,
+        storage=_storage(weights, checkpoint.spec),
+        kv_bytes_per_token=_kv_bytes(checkpoint.spec),
+        context=checkpoint.spec.max_context,
+        tokens=tokens,
+        chat_template=checkpoint.chat_template is not None,
+        eos_ids=checkpoint.eos_ids,
+        refused=(*refused, *_without_kernel(weights)),
+    )
+
+
+def _engine(path: Path) -> Report:
+    from edgellm.enginedir import open_engine
+
+    engine = open_engine(path)
+    config = engine.config
+    weights, spec = config.edgellm.weights, engine.spec
+    parameters = _parameters(weights, spec) if weights else None
+    stored = sum(record.bytes for name, record in config.edgellm.files.items() if name.startswith("model."))
+    return Report(
+        str(path),
+        "engine",
+        name=engine.model_name,
+        architecture=spec.architecture,
+        parameters=parameters,
+        stored_bytes=stored,
+        bits_per_weight=_bits(stored, parameters),
+        quantization=config.pretrained_config.quantization.quant_algo,
+        storage=_storage(weights, spec),
+        kv_bytes_per_token={engine.kv_cache: _kv_bytes(spec)[engine.kv_cache]},
+        context=spec.max_context,
+        tokens=engine.tokenizer().vocab_size,
+        chat_template=engine.chat_template() is not None,
+        eos_ids=engine.eos_ids,
+    )
+
+
+def _tokens_of(tokenizer_json: bytes) -> int:
+    import tokenizers
+
+    from edgellm.errors import CheckpointError
+    from edgellm.text.tokenizer import Tokenizer
+
+    try:
+        return Tokenizer(tokenizers.Tokenizer.from_buffer(tokenizer_json)).vocab_size
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"the tokenizer cannot be loaded: {error}") from error
+
+
+def _compile_template(checkpoint: Checkpoint) -> None:
+    from edgellm.text.chat import ChatTemplate
+
+    if checkpoint.chat_template is not None:
+        ChatTemplate(checkpoint.chat_template, bos=checkpoint.bos_token, eos=checkpoint.eos_token)
+
+
+def _parameters(weights: Sequence[Matrices], spec: ModelSpec) -> int:
+    return sum(each.elements for each in _once(weights, spec))
+
+
+def _bits(stored: int, parameters: int | None) -> float | None:
+    return None if parameters is None else round(8 * stored / parameters, 3)
+
+
+def _once(weights: Sequence[Matrices], spec: ModelSpec) -> list[Matrices]:
+    """The inventory without a head that is the embedding."""
+    return [each for each in weights if not (each.role == "head" and spec.tie_word_embeddings)]
+
+
+def _storage(weights: Sequence[Matrices], spec: ModelSpec) -> tuple[Storage, ...]:
+    sums: dict[tuple[int, int, bool], int] = {}
+    for each in _once(weights, spec):
+        if each.role != "vector":
+            how = each.bits, each.group, each.offsets
+            sums[how] = sums.get(how, 0) + each.elements
+    ways = [Storage(count, *how) for how, count in sums.items()]
+    return tuple(sorted(ways, key=lambda way: -way.weights))
+
+
+def _kv_bytes(spec: ModelSpec) -> dict[str, int]:
+    return {dtype: size * spec.kv_elements_per_token() for dtype, size in KV_BYTES.items()}
+
+
+def _without_kernel(weights: Sequence[Matrices]) -> Iterator[str]:
+    from edgellm.model.onnx_linear import MIN_GROUP, has_kernel
+
+    for group in sorted({each.group for each in weights if each.group and not has_kernel(each.group)}):
+        yield f"groups of {group}: the CPU executor needs a power of two from {MIN_GROUP} up"
+
+
+def _as_text(report: Report) -> str:
+    from edgellm.memory.sizes import show_size
+
+    rows = [("path", f"{report.path} ({report.kind})")]
+    if report.name is not None:
+        rows += [("name", report.name), ("architecture", report.architecture or "")]
+    if report.parameters is not None:
+        rows.append(("parameters", f"{report.parameters:,}"))
+    if report.stored_bytes is not None:
+        each = "" if report.bits_per_weight is None else f", {report.bits_per_weight:.2f} bits a weight"
+        rows.append(("stored", show_size(report.stored_bytes) + each))
+    if report.quantization is not None:
+        rows.append(("quantization", report.quantization))
+    rows += [("", _as_line(way)) for way in report.storage]
+    if report.kv_bytes_per_token is not None:
+        sizes = [f"{size / 1024:g} KiB in {dtype}" for dtype, size in report.kv_bytes_per_token.items()]
+        rows.append(("KV cache", f"{', '.join(sizes)} a token"))
+    if report.context is not None:
+        rows.append(("context", f"{report.context:,} tokens"))
+    if report.tokens is not None:
+        rows.append(("tokenizer", f"{report.tokens:,} tokens; {_ends(report.eos_ids)}"))
+    if report.chat_template is not None:
+        rows.append(("chat template", "yes" if report.chat_template else "no"))
+    rows += [("refused", reason) for reason in report.refused]
+    return "\n".join(f"{name:<13}  {what}" for name, what in rows)
+
+
+def _as_line(way: Storage) -> str:
+    if not way.group:
+        return f"{way.weights:,} weights of {way.bits} bits"
+    offsets = " with offsets" if way.offsets else ""
+    return f"{way.weights:,} weights of {way.bits} bits in groups of {way.group}{offsets}"
+
+
+def _ends(eos_ids: Sequence[int]) -> str:
+    return f"an answer ends with {' or '.join(map(str, eos_ids))}"
