@@ -27,6 +27,11 @@ IDLE_WAIT_S = 0.5
 """Longest sleep without work: the beat must go on, so that the watchdog sees a live loop."""
 
 
+GATHER_S = 0.0005
+"""An idle engine waits so long after a request before it begins. The model's threads take every core: first
+`accepted` should have left, and what else comes in the same burst should be here."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """How the engine is doing; counters since the start."""
@@ -203,7 +208,8 @@ class Engine:
         deadline = self._scheduler.next_deadline
         if deadline is not None:
             wait = min(wait, max(0.0, deadline - self._clock()))
-        self._wake.wait(wait)
+        if self._wake.wait(wait) and self._scheduler.idle and self._inbox:
+            time.sleep(GATHER_S)
 
     def _publish(self, updates: list[Update]) -> None:
         if updates:
