@@ -27,7 +27,7 @@ IDLE_WAIT_S = 0.5
 """Longest sleep without work: the beat must go on, so that the watchdog sees a live loop."""
 
 
-GATHER_S = 0.0005
+GATHER_S = 0.001
 """An idle engine waits so long after a request before it begins. The model's threads take every core: first
 `accepted` should have left, and what else comes in the same burst should be here."""
 
