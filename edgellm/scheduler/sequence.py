@@ -58,7 +58,9 @@ class Sequence:
             return Token(id_)
         ids = result.top_ids[index, : sampling.top_logprobs].tolist()
         logprobs = result.top_logprobs[index, : sampling.top_logprobs].tolist()
-        top = tuple((other, value) for other, value in zip(ids, logprobs, strict=True) if other >= 0)
+        # Of a list: a tuple made of a generator comes from CPython's free list for one size and goes back to
+        # that for another, so that thousands of empty ones pile up.
+        top = tuple([(other, value) for other, value in zip(ids, logprobs, strict=True) if other >= 0])
         return Token(id_, float(result.logprob[index]), top)
 
     def update(self, tokens: list[Token], now: float | None) -> Update:
