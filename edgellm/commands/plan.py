@@ -116,6 +116,7 @@ def _engine(args: argparse.Namespace) -> Subject:
     from edgellm.enginedir import open_engine
     from edgellm.memory.plan import Shape, with_tokens
     from edgellm.memory.promise import footprint_of
+    from edgellm.server_config import ServerConfig
 
     engine = open_engine(args.path)
     asked = {name: getattr(args, name) for name in SIZES}
@@ -124,7 +125,7 @@ def _engine(args: argparse.Namespace) -> Subject:
     if args.max_num_tokens is None:
         shape = with_tokens(shape)
     build_config(engine.spec, **asdict(shape))  # refuses what makes no sense
-    footprint = footprint_of(engine, threads=_threads(args), max_queue=_max_queue())
+    footprint = footprint_of(engine, threads=_threads(args), server=ServerConfig())
     kv_cache, compute = args.kv_cache or engine.kv_cache, args.compute or engine.compute
     beyond = [name for name in SIZES if getattr(shape, name) > getattr(engine.build, name)]
     beyond += ["kv_cache"] * (kv_cache != engine.kv_cache) + ["compute"] * (compute != engine.compute)
@@ -155,7 +156,6 @@ def _checkpoint(args: argparse.Namespace) -> Subject:
             compute=args.compute or "int8",
             kv_cache=args.kv_cache or "fp32",
             threads=_threads(args),
-            max_queue=_max_queue(),
         ),
         Shape(build.max_batch_size, build.max_seq_len, build.max_num_tokens),
         checkpoint.spec.max_context,
@@ -167,12 +167,6 @@ def _threads(args: argparse.Namespace) -> int:
     from edgellm.executor.factory import threads_of
 
     return args.threads or threads_of(EngineConfig())
-
-
-def _max_queue() -> int:
-    from edgellm.server_config import ServerConfig
-
-    return ServerConfig().max_queue
 
 
 def _as_text(subject: Subject, plan: Plan, budget: Budget, fitting: Sequence[Shape]) -> str:

@@ -43,6 +43,10 @@ PANEL: Final = 16
 """MLAS packs float matrices in panels of so many columns."""
 CHUNK: Final = 128
 """`executor/cpu.py`'s longest run of one prompt."""
+SERVING: Final = 12_000_000
+"""The first thousands of requests: allocator arenas that fill, CPython's free lists, libzmq's buffers."""
+MESSAGES: Final = 4
+"""Of the largest size, on their way at the same time."""
 REQUEST: Final = 16 << 10
 """A request on its way: its fields, texts and queues, beside its tokens."""
 TOKEN: Final = 200
@@ -60,6 +64,7 @@ class CpuFootprint:
         kv_cache: element type of the caches.
         threads: ONNX Runtime's.
         max_queue: requests that may wait.
+        max_message_bytes: of a request.
     """
 
     spec: ModelSpec
@@ -68,6 +73,7 @@ class CpuFootprint:
     kv_cache: KvCache
     threads: int = 1
     max_queue: int = 64
+    max_message_bytes: int = 1 << 20
 
     def lines(self, shape: Shape) -> tuple[Line, ...]:
         """All parts."""
@@ -197,9 +203,14 @@ class CpuFootprint:
         waiting, batch, length = self.max_queue, shape.max_batch_size, shape.max_seq_len
         return Line(
             "requests",
-            (waiting + batch) * REQUEST + waiting * length * FLOAT + batch * length * TOKEN,
-            f"(waiting {waiting} + slots {batch}) × {_n(REQUEST)} B "
+            SERVING
+            + MESSAGES * self.max_message_bytes
+            + (waiting + batch) * REQUEST
+            + length * (waiting * FLOAT + batch * TOKEN),
+            f"{_n(SERVING)} B + messages {MESSAGES} × {_n(self.max_message_bytes)} B "
+            f"+ (waiting {waiting} + slots {batch}) × {_n(REQUEST)} B "
             f"+ tokens {_n(length)} × (waiting {waiting} × {FLOAT} B + slots {batch} × {TOKEN} B)",
+            "serving",
         )
 
     def _mapped(self, shape: Shape) -> Iterator[Line]:

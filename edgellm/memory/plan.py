@@ -10,10 +10,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Final, Literal, Protocol
 
-Kind = Literal["resident", "mapped", "transient", "pinned", "device"]
+Kind = Literal["resident", "serving", "mapped", "transient", "pinned", "device"]
 """What sort of memory a line is:
 
     resident    the process's own, there at READY and from then on
+    serving     what requests take on top, at most
     mapped      pages of the engine's files that come in as they are used, at most so much; the kernel may
                 drop them at any time
     transient   what loading takes beyond all that stays
@@ -83,8 +84,8 @@ class Plan:
 
     @property
     def at_ready(self) -> int:
-        """What is there at READY: neither what loading gave back, nor pages of files that come in later."""
-        return sum(line.bytes for line in self.lines if line.kind not in ("mapped", "transient"))
+        """What is there at READY: neither what loading gave back, nor what comes in with requests."""
+        return sum(line.bytes for line in self.lines if line.kind in ("resident", "pinned", "device"))
 
     @property
     def headroom(self) -> int | None:

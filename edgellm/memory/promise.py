@@ -17,6 +17,7 @@ from edgellm.memory.cpu import CpuFootprint
 from edgellm.memory.plan import Footprint, Plan, Shape, frontier, make_plan
 from edgellm.memory.resident import give_back_freed, lock_memory, resident_size
 from edgellm.memory.sizes import show_size
+from edgellm.server_config import ServerConfig
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +36,7 @@ class MemoryPromise:
     def __init__(self, directory: EngineDir, config: Config) -> None:
         self._directory = directory
         self._lock = config.memory.lock
-        self._footprint = footprint_of(
-            directory, threads=threads_of(config.engine), max_queue=config.server.max_queue
-        )
+        self._footprint = footprint_of(directory, threads=threads_of(config.engine), server=config.server)
         self._budget = find_budget(config.memory, Path(config.sensors.root))
         self._plan = make_plan(self._footprint, shape_of(directory, config.engine), self._budget.bytes)
 
@@ -68,7 +67,7 @@ class MemoryPromise:
         compare(self._plan, self._budget, report, resident_size())
 
 
-def footprint_of(directory: EngineDir, *, threads: int, max_queue: int) -> CpuFootprint:
+def footprint_of(directory: EngineDir, *, threads: int, server: ServerConfig) -> CpuFootprint:
     """The footprint of the executor that an engine was built for.
 
     Raises:
@@ -86,7 +85,8 @@ def footprint_of(directory: EngineDir, *, threads: int, max_queue: int) -> CpuFo
         compute=directory.compute,
         kv_cache=directory.kv_cache,
         threads=threads,
-        max_queue=max_queue,
+        max_queue=server.max_queue,
+        max_message_bytes=server.max_message_bytes,
     )
 
 

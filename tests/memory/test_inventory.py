@@ -15,6 +15,7 @@ from edgellm.enginedir import EngineDir, open_engine
 from edgellm.memory.plan import Line, Shape, make_plan
 from edgellm.memory.promise import footprint_of
 from edgellm.model.inventory import Matrices, take_inventory
+from edgellm.server_config import ServerConfig
 
 FLOAT = 4
 
@@ -32,7 +33,7 @@ def written(engine: EngineDir, ending: str) -> dict[str, int]:
 
 
 def lines(engine: EngineDir) -> dict[str, Line]:
-    footprint = footprint_of(engine, threads=1, max_queue=64)
+    footprint = footprint_of(engine, threads=1, server=ServerConfig())
     return {line.name: line for line in make_plan(footprint, Shape(2, 64, 16)).lines}
 
 

@@ -59,12 +59,13 @@ def test_sums() -> None:
         Line("process", 100, ""),
         Line("embedding", 10, "", "mapped"),
         Line("loading", 5, "", "transient"),
+        Line("requests", 7, "", "serving"),
         Line("weights", 1000, "", "device"),
         Line("results", 1, "", "pinned"),
     )
     plan = Plan(Shape(1, 2, 1), lines, 1200)
-    assert (plan.total, plan.at_ready, plan.headroom, plan.fits) == (1116, 1101, 84, True)
-    assert not replace(plan, budget=1115).fits
+    assert (plan.total, plan.at_ready, plan.headroom, plan.fits) == (1123, 1101, 77, True)
+    assert not replace(plan, budget=1122).fits
     assert replace(plan, budget=None).fits
     assert replace(plan, budget=None).headroom is None
 

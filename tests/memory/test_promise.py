@@ -62,7 +62,7 @@ def serve(engine: Path, *settings: str) -> subprocess.CompletedProcess[str]:
         (Budget(400 * MIB, ever=400 * MIB, text="memory.budget = 400MiB", automatic=False), ConfigError),
         (Budget(400 * MIB, ever=None, text="memory.budget = 400MiB", automatic=False), ConfigError),
         (Budget(2 << 30, ever=400 * MIB, text="memory.budget = 2GiB", automatic=False), ConfigError),
-        (Budget(460 * MIB, ever=460 * MIB, text="memory.budget = 460MiB", automatic=False), None),
+        (Budget(470 * MIB, ever=470 * MIB, text="memory.budget = 470MiB", automatic=False), None),
     ],
 )
 def test_never_or_not_now(budget: Budget, kind: type[Exception] | None) -> None:
