@@ -262,8 +262,9 @@ def _actuate(settings: Settings, state: PolicyState, causes: list[Cause]) -> tup
     elif state.state is State.THROTTLED:
         cap = cap if state.cap is None else min(cap, state.cap)
         duty = min(duty, state.heat_duty, state.stress_duty)
-        if any(cause.name in BLIND for cause in causes):
-            duty = min(duty, config.duty_unknown)
+    if state.state is not State.NORMAL and any(cause.name in BLIND for cause in causes):
+        # In SHED too: a floor above it must not let a hotter board do more.
+        duty = min(duty, config.duty_unknown)
     return (cap, duty) if cap > 0 and duty > 0 else (0, 0.0)
 
 

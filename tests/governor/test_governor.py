@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from edgellm.governor.causes import Limit, Settings, State
-from edgellm.governor.config import LimitsConfig
+from edgellm.governor.config import GovernorConfig, LimitsConfig
 from edgellm.governor.governor import Governor, Transition
-from edgellm.governor.policy import Decision
+from edgellm.governor.policy import Decision, PolicyState, step
 from edgellm.governor.sensors import Memory, Readings, Zone
 
 SETTINGS = Settings(slots=4)
@@ -93,3 +93,15 @@ def test_other_settings_act_at_once() -> None:
     bench.run(1)
     bench.governor.reconfigure(replace(SETTINGS, limits=LimitsConfig(batch=1, duty=0.5)))
     assert (bench.applied[-1].batch_cap, bench.applied[-1].duty) == (1, 0.5)
+
+
+def test_a_hotter_board_does_no_more_while_a_sensor_is_missing() -> None:
+    """SHED runs at the floor, unless what is unknown allows less."""
+    config = GovernorConfig(duty_floor=0.5, duty_unknown=0.25)
+    settings = Settings(slots=1, governor=config, required=("tj",))
+    duties = []
+    for celsius in (33.0, 93.0):
+        zone = Zone(name="gpu-thermal", celsius=celsius, passive=99.0)
+        readings = Readings(at=1.0, zones=(zone,), memory=Memory(available=8 << 30))
+        duties.append(step(settings, PolicyState(), readings, 1.0)[1].duty)
+    assert duties == [0.25, 0.25]
