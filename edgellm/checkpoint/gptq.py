@@ -19,6 +19,7 @@ import numpy as np
 from edgellm.checkpoint.huggingface_config import ConfigFile
 from edgellm.checkpoint.packed import (
     FLOATS,
+    as_grouped,
     canonical,
     check_group,
     floats,
@@ -130,13 +131,4 @@ class Gptq:
                 symmetric=self.symmetric,
             )
 
-        return Grouped(
-            layer,
-            shape,
-            self.bits,
-            group,
-            asymmetric=self.bits == 4 or not self.symmetric,
-            read=read,
-            centred=self.bits == 4 and self.symmetric,
-            perm=order,
-        )
+        return as_grouped(layer, shape, self.bits, group, read, symmetric=self.symmetric, perm=order)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Final, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,6 +132,29 @@ def canonical(q: Bytes, scale: Float, zero: NDArray[np.int16], bits: int, *, sym
         return Groups(q, scale, zero=zero)
     signed = (q ^ np.uint8(0x80)).view(np.int8)
     return Groups(signed, scale, zero=None if symmetric else zero - np.int16(128))
+
+
+def as_grouped(
+    name: str,
+    shape: tuple[int, int],
+    bits: Literal[4, 8],
+    group: int,
+    read: Callable[[], Groups],
+    *,
+    symmetric: bool,
+    perm: NDArray[np.int32] | None,
+) -> Grouped:
+    """A weight whose `read` gives what `canonical` makes, `symmetric` being the same for both."""
+    return Grouped(
+        name,
+        shape,
+        bits,
+        group,
+        asymmetric=bits == 4 or not symmetric,
+        read=read,
+        centred=bits == 4 and symmetric,
+        perm=perm,
+    )
 
 
 def check_group(where: str, group: int, columns: int) -> int:
