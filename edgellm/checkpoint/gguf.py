@@ -157,13 +157,21 @@ class GgufFile:
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
 
-    def read(self, info: TensorInfo) -> NDArray[np.uint8]:
-        """The tensor's bytes as uint8, a row of blocks per matrix row: [N, bytes per row]."""
-        raw = np.empty(info.size, np.uint8)
-        view, done = raw.data, 0
-        while done < info.size:
+    def read(self, info: TensorInfo, begin: int = 0, end: int | None = None) -> NDArray[np.uint8]:
+        """Rows begin … end − 1 of a tensor, or to the last, as uint8 [rows, bytes per row].
+
+        A row is a run of the last dimension; of a vector it is one element.
+
+        Raises:
+            CheckpointError: the file is shorter than it was, or cannot be read.
+        """
+        rows = math.prod(info.shape[:-1] or info.shape)
+        row_bytes = info.size // rows
+        raw = np.empty(((rows if end is None else end) - begin, row_bytes), np.uint8)
+        view, done, offset = raw.reshape(-1).data, 0, info.offset + begin * row_bytes
+        while done < raw.size:
             try:
-                count = os.preadv(self._fd, [view[done:]], info.offset + done)
+                count = os.preadv(self._fd, [view[done:]], offset + done)
             except OSError as error:
                 raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
             if count == 0:
@@ -171,7 +179,7 @@ class GgufFile:
                     f"{self.path} ends inside tensor {info.name}; it has changed since it was opened"
                 )
             done += count
-        return raw.reshape(*info.shape[:-1], -1)
+        return raw
 
     def integer(self, key: str, default: int | None = None, *, minimum: int = 0) -> int:
         """A key's value as an integer ≥ minimum; without a default the key must be there."""

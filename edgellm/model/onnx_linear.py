@@ -245,7 +245,10 @@ class Linears:
         """float32 [N, K]."""
         name = f"{base}.weight"
         if not self._file.has(name):
-            self._file.constant(name, np.concatenate([weight.dequantize() for weight in weights]))
+            rows = self._file.rows(name, np.float32, _stacked(weights))
+            for weight in weights:
+                for begin, end in weight.blocks():
+                    rows.append(weight.dequantize(begin, end))
         return name
 
     def _grouped(self, weights: Sequence[Grouped], base: str) -> _GroupedNames:
@@ -258,14 +261,19 @@ class Linears:
                     f"{weights[0].name} has groups of {group}; "
                     f"the CPU executor needs a power of two from {MIN_GROUP} up"
                 )
-            groups = [weight.read() for weight in weights]
-            centres = [8 if weight.bits == 4 else weight.middle for weight in weights]
-            rest = np.concatenate([_rest(*part) for part in zip(groups, centres, strict=True)])
-            packed = [_packed(*part, group) for part in zip(groups, centres, strict=True)]
-            self._file.constant(weight_name, np.concatenate(packed))
-            self._file.constant(scale_name, np.concatenate([part.scale for part in groups]))
-            if rest.any():
-                self._file.constant(rest_name, rest)
+            n, k = _stacked(weights)
+            packed = self._file.rows(weight_name, np.uint8, (n, k // group, group * weights[0].bits // 8))
+            scale = self._file.rows(scale_name, np.float32, (n, k // group))
+            rest = self._file.rows(rest_name, np.float32, (n, k // group))
+            for weight in weights:
+                centre = 8 if weight.bits == 4 else weight.middle
+                for begin, end in weight.blocks():
+                    groups = weight.read(begin, end)
+                    packed.append(_packed(groups, centre, group))
+                    scale.append(groups.scale)
+                    rest.append(_rest(groups, centre))
+            if rest.all_zero:
+                self._file.drop(rest_name)
         return _GroupedNames(weight_name, scale_name, rest_name if self._file.has(rest_name) else None)
 
 
@@ -279,6 +287,11 @@ class _GroupedNames:
 def has_kernel(group: int) -> bool:
     """Whether ONNX Runtime multiplies by weights in groups of this size."""
     return group >= MIN_GROUP and not group & (group - 1)
+
+
+def _stacked(weights: Sequence[Weight]) -> tuple[int, int]:
+    """The shape of the parts of a product, one above the other."""
+    return sum(weight.shape[0] for weight in weights), weights[0].shape[1]
 
 
 def _rest(groups: Groups, centre: int) -> Float:
