@@ -1,11 +1,13 @@
 """An ONNX model written as it is made: tensors stream to an external data file, the graph comes last.
 
-Only the graph and tensors of up to INLINE_BYTES are held in memory; everything else goes to `<name>.data`
-when it is added, each tensor at a page border, as a file that is mapped wants it.
+Only the graph and small constants are held in memory; everything else goes to `<name>.data` as it comes, each
+tensor at a page border, as a file that is mapped wants it. Several tensors can be filled side by side.
 """
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -27,13 +29,38 @@ Array = NDArray[Any]
 Dimension = int | str
 
 
+class Rows:
+    """The place of a tensor in the data file, to be filled row by row.
+
+    Attributes:
+        all_zero: whether no number so far is anything else; such rows take no room on the disk.
+    """
+
+    def __init__(self, fd: int, offset: int, dtype: Any) -> None:
+        self._fd = fd
+        self._offset = offset
+        self._dtype = np.dtype(dtype)
+        self.all_zero = True
+
+    def append(self, rows: Array) -> None:
+        """Write what comes next."""
+        assert rows.dtype == self._dtype
+        if rows.any():
+            self.all_zero = False
+            view, done = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data, 0
+            while done < len(view):
+                done += os.pwrite(self._fd, view[done:], self._offset + done)
+        self._offset += rows.nbytes
+
+
 class OnnxFile:
     """A model being written to `path` and `path`.data; `close` completes it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._data_path = path.with_name(path.name + ".data")
-        self._data = self._data_path.open("wb")
+        self._data = self._data_path.open("wb", buffering=0)
+        self._end = 0
         self._graph = onnx.GraphProto(name="edgellm")
         self._tensors: dict[str, onnx.TensorProto] = {}
 
@@ -41,16 +68,30 @@ class OnnxFile:
         """Add a tensor and return its name; adding a name again changes nothing."""
         if name in self._tensors:
             return name
-        array = np.ascontiguousarray(array)
-        tensor = self._new_tensor(name, onnx_type(array.dtype), array.shape)
         if array.nbytes <= INLINE_BYTES:
+            tensor = self._new_tensor(name, onnx_type(array.dtype), array.shape)
             tensor.raw_data = array.tobytes()
         else:
-            offset = -(-self._data.tell() // ALIGNMENT) * ALIGNMENT
-            self._data.seek(offset)
-            self._data.write(array.data)
-            self._place(tensor, offset, array.nbytes)
+            self.rows(name, array.dtype, array.shape).append(array)
         return name
+
+    def rows(self, name: str, dtype: Any, shape: Sequence[int]) -> Rows:
+        """Add a tensor whose rows are still to come, all of them before `close`."""
+        tensor = self._new_tensor(name, onnx_type(dtype), shape)
+        offset = -(-self._end // ALIGNMENT) * ALIGNMENT
+        length = math.prod(shape) * np.dtype(dtype).itemsize
+        self._end = offset + length
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", self._data_path.name), ("offset", offset), ("length", length)):
+            tensor.external_data.add(key=key, value=str(value))
+        return Rows(self._data.fileno(), offset, dtype)
+
+    def drop(self, name: str) -> None:
+        """Take back the tensor that was added last; nothing but zeros may have been written to it."""
+        assert self._graph.initializer[-1].name == name
+        offset = next(entry.value for entry in self._tensors.pop(name).external_data if entry.key == "offset")
+        self._end = int(offset)
+        del self._graph.initializer[-1]
 
     def has(self, name: str) -> bool:
         """Whether a tensor of this name was added."""
@@ -89,7 +130,8 @@ class OnnxFile:
         return name
 
     def close(self) -> None:
-        """Write the graph; the data file is complete already."""
+        """Write the graph, after all rows."""
+        self._data.truncate(self._end)  # zeros at the end were not written
         self._data.close()
         model = onnx.helper.make_model(
             self._graph,
@@ -107,11 +149,6 @@ class OnnxFile:
         tensor: onnx.TensorProto = self._graph.initializer.add(name=name, data_type=data_type, dims=shape)
         self._tensors[name] = tensor
         return tensor
-
-    def _place(self, tensor: onnx.TensorProto, offset: int, length: int) -> None:
-        tensor.data_location = onnx.TensorProto.EXTERNAL
-        for key, value in (("location", self._data_path.name), ("offset", offset), ("length", length)):
-            tensor.external_data.add(key=key, value=str(value))
 
 
 def onnx_type(dtype: Any) -> int:
