@@ -187,7 +187,7 @@ class Interpreter:
         query, keys, held = self._inputs(layer, values)[:3]
         batch, heads, count, _ = query.shape
         keys, held = (np.repeat(x, heads // x.shape[1], axis=1) for x in (keys, held))
-        seen = self._seen(attention, values, batch, count, keys.shape[2])
+        seen: Array = self._seen(attention, values, batch, count, keys.shape[2])
         scores = np.where(seen, query @ keys.swapaxes(-1, -2), -np.inf)
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         # What was never written may be anything: it must not reach the sum, not even times 0.
@@ -207,8 +207,8 @@ class Interpreter:
         assert attention.causal_kind == kind.LOWER_RIGHT
         lengths = values[attention.key_value_lengths.name].reshape(batch, 1, 1)
         last = lengths - count + np.arange(count).reshape(1, -1, 1)
-        seen: Array = (slots <= last) & (slots < lengths)
-        return seen[:, None]
+        seen = np.logical_and(slots <= last, slots < lengths)
+        return np.expand_dims(seen, 1)
 
     def _attention_output(self, layer: Any, values: Values) -> Array:
         return self._inputs(layer, values)[0]
