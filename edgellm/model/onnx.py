@@ -30,6 +30,7 @@ from edgellm.model.spec import ModelSpec
 from edgellm.model.weights import Weight, scaled
 
 MODEL_FILE: Final = "model.onnx"
+DATA_FILE: Final = f"{MODEL_FILE}.data"
 
 
 def emit(
@@ -40,8 +41,10 @@ def emit(
     compute: Compute,
     kv_cache: KvCache = "fp32",
     progress: Progress,
-) -> None:
-    """Write `model.onnx` and `model.onnx.data` into the directory, tensor by tensor.
+) -> dict[str, str]:
+    """Write `model.onnx` and `model.onnx.data` into the directory, a few rows at a time.
+
+    Gives the SHA-256, in hex, of the files that were hashed while they were written.
 
     With a `fp16` cache attention alone computes in float16; the rest of the network does not change.
 
@@ -62,10 +65,11 @@ def emit(
             progress=progress,
         )
         build_decoder(graph, checkpoint)
-        file.close()
+        digest = file.close()
     finally:
         file.abandon()
     progress("model", 1.0)
+    return {DATA_FILE: digest}
 
 
 class OnnxGraph:
