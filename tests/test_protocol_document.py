@@ -1,4 +1,4 @@
-"""docs/protocol.md says what edgellm/protocol.py does: every table, every code, every example."""
+"""docs/protocol.md says what edgellm/protocol/ does: every table, every code, every example."""
 
 from __future__ import annotations
 

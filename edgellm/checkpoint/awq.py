@@ -15,7 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm.checkpoint.huggingface_config import ConfigFile
-from edgellm.checkpoint.packed import FLOATS, Bytes, check_group, floats, require, transposed, words
+from edgellm.checkpoint.packed import (
+    FLOATS,
+    Bytes,
+    check_group,
+    floats,
+    require,
+    transposed,
+    words,
+    words_around,
+)
 from edgellm.checkpoint.safetensors import SafetensorsModel
 from edgellm.errors import CheckpointError
 from edgellm.model.weights import Grouped, Groups
@@ -77,14 +86,15 @@ class Awq:
         require(model, f"{layer}.qzeros", (k // group, n // 8), ("I32",))
         require(model, f"{layer}.scales", (k // group, n), FLOATS)
 
-        def read() -> Groups:
+        def read_rows(begin: int, end: int) -> Groups:
+            columns, inside = words_around(begin, end, 8)
             return Groups(
-                q=_unpack(words(model, f"{layer}.qweight")),
-                scale=np.ascontiguousarray(floats(model, f"{layer}.scales").T),
-                zero=_unpack(words(model, f"{layer}.qzeros")),
+                q=_unpack(words(model, f"{layer}.qweight", columns=columns))[inside],
+                scale=floats(model, f"{layer}.scales", columns=slice(begin, end)).T,
+                zero=_unpack(words(model, f"{layer}.qzeros", columns=columns))[inside],
             )
 
-        return Grouped(layer, shape, 4, group, True, read)
+        return Grouped(layer, shape, 4, group, True, read_rows)
 
 
 def _unpack(packed: NDArray[np.int32]) -> Bytes:

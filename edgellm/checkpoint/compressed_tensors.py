@@ -27,6 +27,7 @@ from edgellm.checkpoint.packed import (
     require,
     unpack,
     words,
+    words_around,
 )
 from edgellm.checkpoint.safetensors import SafetensorsModel
 from edgellm.errors import CheckpointError
@@ -143,16 +144,18 @@ class CompressedTensors:
             require(model, f"{layer}.weight_g_idx", (k,), ("I32", "I64"))
             order = order_of_groups(model, f"{layer}.weight_g_idx", group)
 
-        def read() -> Groups:
-            q = np.ascontiguousarray(unpack(words(model, f"{layer}.weight_packed"), self.bits)[:, :k])
-            scale = floats(model, f"{layer}.weight_scale")
+        def read_rows(begin: int, end: int) -> Groups:
+            rows = slice(begin, end)
+            q = unpack(words(model, f"{layer}.weight_packed", rows), self.bits)[:, :k]
+            scale = floats(model, f"{layer}.weight_scale", rows)
             if self.symmetric:
                 zero = np.full(scale.shape, 1 << (self.bits - 1), np.int16)
             else:
-                packed = words(model, f"{layer}.weight_zero_point")
-                zero = unpack(packed.T, self.bits).T[:n].astype(np.int16)
+                around, inside = words_around(begin, end, in_word)
+                packed = words(model, f"{layer}.weight_zero_point", around)
+                zero = unpack(packed.T, self.bits).T[inside].astype(np.int16)
             if order is not None:
                 q = np.take(q, order, axis=1)
             return canonical(q, scale, zero, self.bits, symmetric=self.symmetric)
 
-        return as_grouped(layer, shape, self.bits, group, read, symmetric=self.symmetric, perm=order)
+        return as_grouped(layer, shape, self.bits, group, read_rows, symmetric=self.symmetric, perm=order)

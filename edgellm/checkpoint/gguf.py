@@ -21,7 +21,7 @@ import mmap
 import os
 import struct
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -123,6 +123,12 @@ class TensorInfo:
     offset: int
     size: int
 
+    def rows(self, first: int, count: int) -> TensorInfo:
+        """Some rows [count, K] of a matrix or of matrices one below the other, [E, N, K]; or of a vector."""
+        each = self.size // (math.prod(self.shape[:-1]) if len(self.shape) > 1 else self.shape[0])
+        shape = (count, *self.shape[1:][-1:])
+        return replace(self, shape=shape, offset=self.offset + first * each, size=count * each)
+
 
 class GgufFile:
     """A GGUF file, its header parsed and checked; the tensors' bytes stay on disk.
@@ -151,13 +157,21 @@ class GgufFile:
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
 
-    def read(self, info: TensorInfo) -> NDArray[np.uint8]:
-        """The tensor's bytes as uint8, a row of blocks per matrix row: [N, bytes per row]."""
-        raw = np.empty(info.size, np.uint8)
-        view, done = raw.data, 0
-        while done < info.size:
+    def read(self, info: TensorInfo, begin: int = 0, end: int | None = None) -> NDArray[np.uint8]:
+        """Rows begin … end − 1 of a tensor, or to the last, as uint8 [rows, bytes per row].
+
+        A row is a run of the last dimension; of a vector it is one element.
+
+        Raises:
+            CheckpointError: the file is shorter than it was, or cannot be read.
+        """
+        rows = math.prod(info.shape[:-1] or info.shape)
+        row_bytes = info.size // rows
+        raw = np.empty(((rows if end is None else end) - begin, row_bytes), np.uint8)
+        view, done, offset = raw.reshape(-1).data, 0, info.offset + begin * row_bytes
+        while done < raw.size:
             try:
-                count = os.preadv(self._fd, [view[done:]], info.offset + done)
+                count = os.preadv(self._fd, [view[done:]], offset + done)
             except OSError as error:
                 raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
             if count == 0:
@@ -165,7 +179,7 @@ class GgufFile:
                     f"{self.path} ends inside tensor {info.name}; it has changed since it was opened"
                 )
             done += count
-        return raw.reshape(*info.shape[:-1], -1)
+        return raw
 
     def integer(self, key: str, default: int | None = None, *, minimum: int = 0) -> int:
         """A key's value as an integer ≥ minimum; without a default the key must be there."""

@@ -29,8 +29,7 @@ from edgellm.errors import CheckpointError
 from edgellm.model.weights import Dense, Float, Grouped, Groups, Weight
 
 PIECE_BYTES: Final = 1 << 20
-"""Of the file, unpacked at a time: what is at work stays in the CPU's cache, and a vocabulary's matrix needs
-little more memory than its own."""
+"""Of the file, unpacked at a time: what is at work stays in the CPU's cache."""
 
 Bytes = NDArray[np.uint8]
 
@@ -46,16 +45,20 @@ def weight(file: GgufFile, info: TensorInfo, *, rotary_heads: int | None = None)
         CheckpointError: by `read()`, when a value or scale is not finite, or the file ends too early.
     """
 
-    def rows() -> Bytes:
-        raw = file.read(info)
-        return raw if rotary_heads is None else _halves(raw, info, rotary_heads)
+    def rows(begin: int, end: int) -> Bytes:
+        if rotary_heads is None:
+            return file.read(info, begin, end)
+        return _halves(file, info, info.shape[0] // rotary_heads, begin, end)
 
     kind = info.type.name
     if kind in _DENSE:
         dtype, widen = _DENSE[kind]
-        return Dense(
-            info.name, info.shape, dtype, lambda: _finite(file, info, widen(rows()).reshape(info.shape))
-        )
+
+        def read_values(begin: int, end: int) -> Float:
+            values = widen(rows(begin, end)).reshape(-1, *info.shape[1:])
+            return _finite(file, info, values, begin)
+
+        return Dense(info.name, info.shape, dtype, read_values)
 
     if len(info.shape) != 2:
         raise CheckpointError(
@@ -64,12 +67,12 @@ def weight(file: GgufFile, info: TensorInfo, *, rotary_heads: int | None = None)
     n, k = info.shape
     layout = _GROUPED[kind]
 
-    def read() -> Groups:
-        raw = rows()
-        groups = _unpacked(raw.reshape(n, -1, info.type.bytes), layout, k)
-        _finite(file, info, groups.scale)
+    def read_groups(begin: int, end: int) -> Groups:
+        raw = rows(begin, end)
+        groups = _unpacked(raw.reshape(len(raw), -1, info.type.bytes), layout, k)
+        _finite(file, info, groups.scale, begin)
         if groups.offset is not None:
-            _finite(file, info, groups.offset)
+            _finite(file, info, groups.offset, begin)
         return groups
 
     return Grouped(
@@ -78,7 +81,7 @@ def weight(file: GgufFile, info: TensorInfo, *, rotary_heads: int | None = None)
         layout.bits,
         layout.group,
         layout.asymmetric,
-        read,
+        read_groups,
         centred=kind == "Q4_0",
         middle=16 if kind in ("Q5_1", "Q5_K") else 0,
     )
@@ -95,7 +98,7 @@ class _Layout:
 
 
 def _unpacked(blocks: Bytes, layout: _Layout, k: int) -> Groups:
-    """The whole matrix, a few rows at a time."""
+    """All of the rows, a few at a time."""
     n = len(blocks)
     q = np.empty((n, k), np.uint8 if layout.bits == 4 else np.int8)
     scale = np.empty((n, k // layout.group), np.float32)
@@ -116,16 +119,15 @@ def _unpacked(blocks: Bytes, layout: _Layout, k: int) -> Groups:
     return Groups(q, scale, offset, zero)
 
 
-def _halves(raw: Bytes, info: TensorInfo, heads: int) -> Bytes:
-    # convert_hf_to_gguf.py writes row (half, i) of each head at (i, half); this is its inverse.
-    n = info.shape[0]
-    row_bytes = raw.size // n
-    paired = raw.reshape(heads, n // heads // 2, 2, row_bytes)
-    halves: Bytes = paired.swapaxes(1, 2).reshape(n, row_bytes)
-    return halves
+def _halves(file: GgufFile, info: TensorInfo, head: int, begin: int, end: int) -> Bytes:
+    # convert_hf_to_gguf.py writes row (half, i) of each head at (i, half); this is its inverse, head by head.
+    first = begin // head * head
+    paired = file.read(info, first, -(-end // head) * head)
+    halves: Bytes = paired.reshape(-1, head // 2, 2, paired.shape[1]).swapaxes(1, 2).reshape(paired.shape)
+    return halves[begin - first : end - first]
 
 
-def _finite(file: GgufFile, info: TensorInfo, values: Float) -> Float:
+def _finite(file: GgufFile, info: TensorInfo, values: Float, first_row: int) -> Float:
     # A sum is NaN or infinite if any term is; only then is it worth the memory to look at each. (Sums of
     # finite float32 values can overflow too, which the second look clears.)
     with np.errstate(all="ignore"):
@@ -133,7 +135,7 @@ def _finite(file: GgufFile, info: TensorInfo, values: Float) -> Float:
     if suspicious:
         finite = np.isfinite(values)
         if not finite.all():
-            row = int(np.argwhere(~finite)[0][0])
+            row = first_row + int(np.argwhere(~finite)[0][0])
             what = "value" if info.type.elements == 1 else "scale or offset"
             raise CheckpointError(
                 f"{file.path}: tensor {info.name} has a {what} in row {row} that is not finite"

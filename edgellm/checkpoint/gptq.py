@@ -28,6 +28,7 @@ from edgellm.checkpoint.packed import (
     transposed,
     unpack,
     words,
+    words_around,
 )
 from edgellm.checkpoint.safetensors import SafetensorsModel
 from edgellm.errors import CheckpointError
@@ -111,12 +112,13 @@ class Gptq:
             require(model, f"{layer}.g_idx", (k,), ("I32", "I64"))
             order = order_of_groups(model, f"{layer}.g_idx", group)
 
-        def read() -> Groups:
-            q = unpack(transposed(words(model, f"{layer}.qweight")), self.bits)
-            scale = np.ascontiguousarray(floats(model, f"{layer}.scales").T)
-            zero = unpack(words(model, f"{layer}.qzeros"), self.bits).T.astype(np.int16) + np.int16(
-                self.first
-            )
+        def read_rows(begin: int, end: int) -> Groups:
+            rows = slice(begin, end)
+            q = unpack(transposed(words(model, f"{layer}.qweight", columns=rows)), self.bits)
+            scale = floats(model, f"{layer}.scales", columns=rows).T
+            columns, inside = words_around(begin, end, in_word)
+            zeros = unpack(words(model, f"{layer}.qzeros", columns=columns), self.bits).T[inside]
+            zero = zeros.astype(np.int16) + np.int16(self.first)
             middle = 1 << (self.bits - 1)
             if self.symmetric and (zero != middle).any():
                 raise CheckpointError(
@@ -131,4 +133,4 @@ class Gptq:
                 symmetric=self.symmetric,
             )
 
-        return as_grouped(layer, shape, self.bits, group, read, symmetric=self.symmetric, perm=order)
+        return as_grouped(layer, shape, self.bits, group, read_rows, symmetric=self.symmetric, perm=order)

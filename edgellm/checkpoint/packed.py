@@ -8,7 +8,7 @@ from typing import Any, Final, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm.checkpoint.safetensors import SafetensorsModel
+from edgellm.checkpoint.safetensors import ALL, SafetensorsModel
 from edgellm.errors import CheckpointError
 from edgellm.model.weights import Dense, Float, Grouped, Groups
 
@@ -52,7 +52,7 @@ def dense(model: SafetensorsModel, name: str, shape: tuple[int, ...]) -> Dense:
     """
     require(model, name, shape, FLOATS)
     dtype: Any = _DENSE[model.tensors[name].dtype]
-    return Dense(name, shape, dtype, lambda: floats(model, name))
+    return Dense(name, shape, dtype, lambda begin, end: floats(model, name, slice(begin, end)))
 
 
 def require(model: SafetensorsModel, name: str, shape: tuple[int, ...], dtypes: Sequence[str]) -> None:
@@ -72,13 +72,13 @@ def require(model: SafetensorsModel, name: str, shape: tuple[int, ...], dtypes: 
         raise CheckpointError(f"{model.where(name)} is {info.dtype}, which should be {' or '.join(dtypes)}")
 
 
-def floats(model: SafetensorsModel, name: str) -> Float:
-    """A tensor of numbers as float32, exactly.
+def floats(model: SafetensorsModel, name: str, rows: slice = ALL, columns: slice = ALL) -> Float:
+    """A tensor of numbers, or a part of it, as float32, exactly.
 
     Raises:
         CheckpointError: one is NaN or infinite.
     """
-    raw = model.read(name)
+    raw = model.read(name, rows, columns)
     if model.tensors[name].dtype == "BF16":
         raw = (raw.astype(np.uint32) << 16).view(np.float32)
     values: Float = raw.astype(np.float32, copy=False)
@@ -89,14 +89,22 @@ def floats(model: SafetensorsModel, name: str) -> Float:
     if suspicious:
         bad = np.argwhere(~np.isfinite(values))
         if len(bad):
-            raise CheckpointError(f"{model.where(name)} has a value that is not finite, at {bad[0].tolist()}")
+            first = [part.start or 0 for part in (rows, columns)]
+            at = [int(place) + begin for place, begin in zip(bad[0], first, strict=False)]
+            raise CheckpointError(f"{model.where(name)} has a value that is not finite, at {at}")
     return values
 
 
-def words(model: SafetensorsModel, name: str) -> NDArray[np.int32]:
-    """A tensor of packed words, checked before."""
-    packed: NDArray[np.int32] = model.read(name)
+def words(model: SafetensorsModel, name: str, rows: slice = ALL, columns: slice = ALL) -> NDArray[np.int32]:
+    """A tensor of packed words, or a part of it, checked before."""
+    packed: NDArray[np.int32] = model.read(name, rows, columns)
     return packed
+
+
+def words_around(begin: int, end: int, in_word: int) -> tuple[slice, slice]:
+    """The words that hold numbers begin … end − 1, and where in these words' numbers those are."""
+    first = begin // in_word
+    return slice(first, -(-end // in_word)), slice(begin - first * in_word, end - first * in_word)
 
 
 def unpack(packed: NDArray[np.int32], bits: int) -> Bytes:
@@ -139,19 +147,19 @@ def as_grouped(
     shape: tuple[int, int],
     bits: Literal[4, 8],
     group: int,
-    read: Callable[[], Groups],
+    read_rows: Callable[[int, int], Groups],
     *,
     symmetric: bool,
     perm: NDArray[np.int32] | None,
 ) -> Grouped:
-    """A weight whose `read` gives what `canonical` makes, `symmetric` being the same for both."""
+    """A weight whose `read_rows` gives what `canonical` makes, `symmetric` being the same for both."""
     return Grouped(
         name,
         shape,
         bits,
         group,
         asymmetric=bits == 4 or not symmetric,
-        read=read,
+        read_rows=read_rows,
         centred=bits == 4 and symmetric,
         perm=perm,
     )

@@ -35,6 +35,9 @@ PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_HEADER_BYTES: Final = 100_000_000
 """The reference implementation's bound. A damaged length must not become an allocation."""
 MAX_INDEX_BYTES: Final = 100_000_000
+PIECE_BYTES: Final = 1 << 20
+"""Read at a time where only some columns are kept."""
+ALL: Final = slice(None)
 
 DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "F32": np.dtype("<f4"),
@@ -91,22 +94,39 @@ class SafetensorsFile:
         self.tensors = {name: self._info(name, entry) for name, entry in header.items()}
         self._check_tiling()
 
-    def read(self, name: str) -> NDArray[Any]:
-        """A tensor as an array of its shape and stored type (`DTYPES`).
+    def read(self, name: str, rows: slice = ALL, columns: slice = ALL) -> NDArray[Any]:
+        """A tensor, or a part of a matrix, as an array of its stored type (`DTYPES`).
+
+        Columns are cut out of whole rows: that is faster than a system call for each piece of a row.
 
         Raises:
             CheckpointError: the file is shorter than it was, or cannot be read.
         """
-        info = self.tensors[name]
-        values: NDArray[Any] = np.empty(info.shape, DTYPES[info.dtype])
+        info, dtype = self.tensors[name], DTYPES[self.tensors[name].dtype]
+        if rows == columns == ALL:
+            return self._read(info, np.empty(info.shape, dtype), info.offset)
+        row_bytes = math.prod(info.shape[1:]) * dtype.itemsize
+        begin, end, _ = rows.indices(info.shape[0])
+        if columns == ALL:
+            values = np.empty((end - begin, *info.shape[1:]), dtype)
+            return self._read(info, values, info.offset + begin * row_bytes)
+        left, right, _ = columns.indices(info.shape[1])
+        some = np.empty((end - begin, right - left), dtype)
+        step = max(1, PIECE_BYTES // row_bytes)
+        for row in range(begin, end, step):
+            piece = self.read(name, slice(row, min(row + step, end)))
+            some[row - begin : row - begin + len(piece)] = piece[:, left:right]
+        return some
+
+    def _read(self, info: TensorInfo, values: NDArray[Any], offset: int) -> NDArray[Any]:
         view, done = values.reshape(-1).view(np.uint8).data, 0
-        while done < info.size:
+        while done < values.nbytes:
             try:
-                count = os.preadv(self._fd, [view[done:]], info.offset + done)
+                count = os.preadv(self._fd, [view[done:]], offset + done)
             except OSError as error:
                 raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
             if count == 0:
-                self._fail(f"ends inside tensor {name}; it has changed since it was opened")
+                self._fail(f"ends inside tensor {info.name}; it has changed since it was opened")
             done += count
         return values
 
@@ -186,9 +206,9 @@ class SafetensorsModel:
             self._files = dict.fromkeys(file.tensors, file)
         self.tensors = {name: file.tensors[name] for name, file in self._files.items()}
 
-    def read(self, name: str) -> NDArray[Any]:
-        """A tensor as an array of its shape and stored type; see `SafetensorsFile.read`."""
-        return self._files[name].read(name)
+    def read(self, name: str, rows: slice = ALL, columns: slice = ALL) -> NDArray[Any]:
+        """A tensor, or a part of a matrix, in its stored type; see `SafetensorsFile.read`."""
+        return self._files[name].read(name, rows, columns)
 
     def where(self, name: str) -> str:
         """File and name of a tensor, for messages."""

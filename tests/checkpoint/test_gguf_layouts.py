@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import gguf
@@ -82,8 +83,10 @@ def test_rows_of_rotary_heads_are_reordered_whole(kind: str, tmp_path: Path) -> 
     plain = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind])
     # Two heads of six rows: pairs (0, 1), (2, 3), (4, 5) become halves.
     expected = plain[[0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]]
-    found = _read(tmp_path / "a.gguf", kind, raw, rotary_heads=2).dequantize()
-    np.testing.assert_array_equal(found, expected)
+    found = _read(tmp_path / "a.gguf", kind, raw, rotary_heads=2)
+    np.testing.assert_array_equal(found.dequantize(), expected)
+    for begin, end in itertools.combinations(range(SHAPE[0] + 1), 2):
+        np.testing.assert_array_equal(found.dequantize(begin, end), expected[begin:end])
 
 
 @pytest.mark.parametrize(
@@ -95,3 +98,5 @@ def test_a_factor_that_is_not_finite_is_named(kind: str, at: int, bad: float, tm
     raw[3, at : at + 2] = np.array([bad], "<f2").view(np.uint8)
     with pytest.raises(CheckpointError, match="tensor a has a scale or offset in row 3 that is not finite"):
         _read(tmp_path / "a.gguf", kind, raw).read()
+    with pytest.raises(CheckpointError, match="in row 3 that"):
+        _read(tmp_path / "a.gguf", kind, raw).read(2, 5)

@@ -95,8 +95,18 @@ def layers(draw: st.DrawFn, bits: int, lowest_zero: int = 0, *, act_order: bool 
     )
 
 
-@given(made=layers(4))
-def test_awq_is_its_formula(made: Quantized, tmp_path_factory: pytest.TempPathFactory) -> None:
+def check_rows(weight: Grouped, made: Quantized, data: st.DataObject) -> None:
+    """Any rows by themselves are those of the whole."""
+    end = data.draw(st.integers(1, weight.shape[0]))
+    begin = data.draw(st.integers(0, end - 1))
+    assert (weight.dequantize(begin, end) == made.weight()[begin:end]).all()
+    assert weight.read(begin, end).q.shape == (end - begin, weight.shape[1])
+
+
+@given(made=layers(4), data=st.data())
+def test_awq_is_its_formula(
+    made: Quantized, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     group = made.q.shape[1] // made.scale.shape[1]
     shape = made.q.shape
     weight = read_layer(
@@ -104,6 +114,7 @@ def test_awq_is_its_formula(made: Quantized, tmp_path_factory: pytest.TempPathFa
     )
     assert (weight.dequantize() == made.weight()).all()
     assert (weight.read().q == made.q).all()
+    check_rows(weight, made, data)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -119,6 +130,7 @@ def test_gptq_is_its_formula(
     packing = Gptq(bits, k // groups, act_order=act_order, symmetric=False, first=2 - version)
     weight = read_layer(tmp_path_factory.mktemp("gptq"), tensors, packing, (n, k))
     assert (weight.dequantize() == made.weight()).all()
+    check_rows(weight, made, data)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -144,6 +156,7 @@ def test_compressed_tensors_is_its_formula(
     weight = read_layer(tmp_path_factory.mktemp("ct"), tensors, packing, (n, k))
     assert (weight.dequantize() == made.weight()).all()
     assert weight.asymmetric == (bits == 4 or not symmetric)
+    check_rows(weight, made, data)
 
 
 def test_scales_of_32_bits_are_not_rounded(tmp_path: Path) -> None:

@@ -67,6 +67,24 @@ def test_what_the_package_writes_is_read(
         assert got.tobytes() == values.tobytes()
 
 
+@given(values=arrays.arrays(np.int32, (7, 5), unique=True), data=st.data())
+def test_a_part_of_a_matrix(
+    values: NDArray[np.int32], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("st") / SINGLE
+    safetensors.numpy.save_file({"a": values, "b": values}, path)
+    numbers = st.integers(0, 7)
+    rows, columns = (slice(*sorted(data.draw(st.tuples(numbers, numbers)))) for _ in range(2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "edgellm.checkpoint.safetensors.PIECE_BYTES", data.draw(st.sampled_from([1, 45, 1 << 20]))
+        )
+        file = SafetensorsFile(path)
+        np.testing.assert_array_equal(file.read("b", rows), values[rows])
+        np.testing.assert_array_equal(file.read("b", rows, columns), values[rows, columns])
+        np.testing.assert_array_equal(file.read("b", columns=columns), values[:, columns])
+
+
 def test_bfloat16_comes_as_its_bits(tmp_path: Path) -> None:
     # The upper halves of float32's 1.5 and -3.0.
     bits = np.array([[0x3FC0, 0xC040]], "<u2")
