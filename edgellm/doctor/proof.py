@@ -6,6 +6,7 @@ What only a board can show, in one table. The reference is the CPU executor, bes
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -13,7 +14,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm.executor.base import FEEDBACK, Executor, Row, Step, Want
+from edgellm import __version__
+from edgellm.executor.base import FEEDBACK, Executor, ExecutorInfo, Row, Step, Want
 from edgellm.sampling import SamplingParams
 
 MAX_MEAN_KL: Final = 0.005
@@ -73,7 +75,7 @@ def prove(tested: Executor, reference: Executor, prompts: Sequence[Tokens]) -> I
     yield compare("token by token", [[(0, n, [token])] for n, token in enumerate(texts[0])])
     whole = min(tested.info.max_num_tokens, reference.info.max_num_tokens)
     yield compare("whole prompts", [[(0, 0, text[:whole])] for text in texts])
-    for size in (3, 16, 64):
+    for size in sorted({min(size, whole) for size in (3, 16, 64)}):
         pieces = [(at, texts[-1][at : at + size]) for at in range(0, len(texts[-1]), size)]
         yield compare(f"in chunks of {size}", [[(slots - 1, at, piece)] for at, piece in pieces])
     if slots > 1:
@@ -81,6 +83,39 @@ def prove(tested: Executor, reference: Executor, prompts: Sequence[Tokens]) -> I
         yield compare("mixed with a prompt", [_mixed(texts[:slots], whole)])
         yield _copied(compare, tested, reference, texts, whole)
     yield _fed_back(tested, texts[0], whole)
+
+
+def sample_prompts(executor: Executor, *, count: int, length: int, seed: int) -> list[Tokens]:
+    """Texts that the model itself writes behind a token drawn at random: int32 [length] each."""
+    chance = np.random.default_rng(seed)
+    length = min(length, executor.info.max_seq_len - 1)
+    prompts = []
+    for _ in range(count):
+        text = [int(chance.integers(executor.info.vocab_size))]
+        sampling = SamplingParams(temperature=1.0, seed=int(chance.integers(1 << 62)))
+        executor.bind(0, sampling, np.array(text, np.int32))
+        while len(text) < length:
+            row = Row(0, len(text) - 1, np.array(text[-1:], np.int32), Want.TOKEN)
+            text.append(int(executor.collect(executor.submit(Step([row]))).token[0]))
+        prompts.append(np.array(text, np.int32))
+    return prompts
+
+
+def as_markdown(cases: Sequence[Case], info: ExecutorInfo, model: str, seed: int) -> str:
+    """A table that can be pasted into an issue as it is."""
+    lines = [
+        f"{model}, executor {info.name}, {info.max_batch_size} slots of {info.max_seq_len} tokens, "
+        f"seed {seed}, {platform.machine()}, Python {platform.python_version()}, edgellm {__version__}",
+        "",
+        "| case | positions | mean KL | largest KL | same best token | surely another | |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    lines += [
+        f"| {case.name} | {case.positions} | {case.mean_kl:.5f} | {case.max_kl:.5f} | {case.agreeing} | "
+        f"{case.flipped} | {'passed' if case.passed else 'FAILED'} |"
+        for case in cases
+    ]
+    return "\n".join(lines)
 
 
 def _ragged(texts: Sequence[list[int]], whole: int) -> Iterator[Rows]:

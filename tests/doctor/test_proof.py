@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 from tiny_llama import TINY
 
 from edgellm.checkpoint import open_checkpoint
+from edgellm.cli import main
 from edgellm.doctor.proof import Case, prove
+from edgellm.errors import UsageError
 from edgellm.executor.base import Feedback, Result, Row, Step, Ticket
 from edgellm.executor.cpu import CpuExecutor
 
@@ -89,3 +91,41 @@ def test_a_fault_is_seen_where_it_is(
     assert seen_in <= failed
     if fault != "returns nothing":
         assert failed == seen_in
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Engine directories of one model, and of another one."""
+    path = tmp_path_factory.mktemp("engines")
+    tied = TINY["3/1 heads of 64, tied"].write_gguf(path / "tied.gguf", "Q4_1", "Q8_0")
+    other = TINY["qwen3, tied"].write_gguf(path / "other.gguf")
+    sizes = ["--max-seq-len", "48", "--max-batch-size", "2", "--max-num-tokens", "32"]
+    built = {}
+    for name, file, compute in (("int8", tied, "int8"), ("fp32", tied, "fp32"), ("other", other, "fp32")):
+        built[name] = str(path / name)
+        assert main(["build", str(file), "-o", built[name], "--compute", compute, *sizes]) == 0
+    return built
+
+
+def test_the_command_prints_a_table(engines: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["doctor", "--prove", "--engine", engines["int8"], "--reference", engines["fp32"]]) == 0
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 9
+    assert all(line.endswith("| passed |") for line in table[2:])
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--prove"], "--prove compares --engine DIR with --reference DIR"),
+        (["--engine", "{int8}"], "go with --prove"),
+        (["--prove", "--engine", "{int8}", "--reference", "{other}"], "not engines of one model"),
+        (["--prove", "--engine", "{int8}", "--reference", "{fp32}", "--length", "3"], "--length 3"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(
+    flags: list[str], says: str, engines: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", *(flag.format(**engines) for flag in flags)]) == UsageError.exit_code
+    assert says in capsys.readouterr().err
