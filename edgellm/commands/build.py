@@ -94,9 +94,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"removed {draft}, left by a build that was killed", file=sys.stderr)
     with _sigterm_raises(), progress_bar() as progress, new_engine(args.output) as draft:
         _write_text(checkpoint, draft)
-        _write_network(args, checkpoint, draft, build, progress)
+        hashed = _write_network(args, checkpoint, draft, build, progress)
         progress("checksums", 1.0)
-        config = seal(draft, config)
+        config = seal(draft, config, hashed)
     size = sum(record.bytes for record in config.edgellm.files.values())
     print(
         f"{args.output}: {config.edgellm.model_name}, {size / 1e6:.1f} MB, "
@@ -224,10 +224,11 @@ def _write_text(checkpoint: Checkpoint, draft: Path) -> None:
 
 def _write_network(
     args: argparse.Namespace, checkpoint: Checkpoint, draft: Path, build: BuildConfig, progress: Progress
-) -> None:
+) -> dict[str, str]:
+    """Write the network; gives the SHA-256 of files that were hashed meanwhile."""
     from edgellm.model.onnx import emit
 
-    emit(checkpoint, draft, build, compute=args.compute, kv_cache=args.kv_cache, progress=progress)
+    return emit(checkpoint, draft, build, compute=args.compute, kv_cache=args.kv_cache, progress=progress)
 
 
 @contextmanager

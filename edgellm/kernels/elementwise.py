@@ -16,7 +16,6 @@ from edgellm.model.weights import Dense, Grouped, Weight
 _SOURCE: Final = "elementwise.cu"
 _THREADS: Final = 128
 _NORM_THREADS: Final = 256
-_ROWS_AT_ONCE: Final = 4096
 
 TableKind = Literal["f32", "f16", "bf16", "int8", "int4"]
 _CPP_KIND: Final[dict[TableKind, str]] = {
@@ -85,18 +84,15 @@ def table_of(weight: Weight) -> Table:
 
 def table_elements(weight: Weight) -> Iterator[NDArray[np.uint8]]:
     """The table's elements as bytes, some rows at a time."""
-    if isinstance(weight, Dense):
-        values = weight.read()
-        for start in range(0, len(values), _ROWS_AT_ONCE):
-            yield _dense_bytes(values[start : start + _ROWS_AT_ONCE], weight.dtype)
-        return
-    q = weight.read().q
-    for start in range(0, len(q), _ROWS_AT_ONCE):
-        rows = q[start : start + _ROWS_AT_ONCE]
+    for begin, end in weight.blocks():
+        if isinstance(weight, Dense):
+            yield _dense_bytes(weight.read(begin, end), weight.dtype)
+            continue
+        q = weight.read(begin, end).q
         if weight.bits == 8:
-            yield np.ascontiguousarray(rows).view(np.uint8).reshape(-1)
+            yield np.ascontiguousarray(q).view(np.uint8).reshape(-1)
         else:
-            nibbles = rows.astype(np.uint8)
+            nibbles = q.astype(np.uint8)
             yield np.bitwise_or(nibbles[:, ::2], np.left_shift(nibbles[:, 1::2], 4), dtype=np.uint8).reshape(
                 -1
             )

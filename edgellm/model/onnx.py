@@ -20,6 +20,7 @@ import numpy as np
 
 from edgellm.checkpoint.base import Checkpoint
 from edgellm.enginedir import BuildConfig
+from edgellm.errors import BuildError
 from edgellm.executor.base import Progress
 from edgellm.model.decoder import Attention, Expert, build_decoder, require_context
 from edgellm.model.kv_cache import KV_DTYPES, KvCache
@@ -30,6 +31,7 @@ from edgellm.model.spec import ModelSpec
 from edgellm.model.weights import Weight, scaled
 
 MODEL_FILE: Final = "model.onnx"
+DATA_FILE: Final = f"{MODEL_FILE}.data"
 
 
 def emit(
@@ -40,8 +42,10 @@ def emit(
     compute: Compute,
     kv_cache: KvCache = "fp32",
     progress: Progress,
-) -> None:
-    """Write `model.onnx` and `model.onnx.data` into the directory, tensor by tensor.
+) -> dict[str, str]:
+    """Write `model.onnx` and `model.onnx.data` into the directory, a few rows at a time.
+
+    Gives the SHA-256, in hex, of the files that were hashed while they were written.
 
     With a `fp16` cache attention alone computes in float16; the rest of the network does not change.
 
@@ -51,6 +55,7 @@ def emit(
         OSError: the files cannot be written.
     """
     require_context(checkpoint.spec, build.max_seq_len)
+    require_head_size(checkpoint.spec)
     file = OnnxFile(directory / MODEL_FILE)
     try:
         graph = OnnxGraph(
@@ -62,10 +67,23 @@ def emit(
             progress=progress,
         )
         build_decoder(graph, checkpoint)
-        file.close()
+        digest = file.close()
     finally:
         file.abandon()
     progress("model", 1.0)
+    return {DATA_FILE: digest}
+
+
+def require_head_size(spec: ModelSpec) -> None:
+    """That GroupQueryAttention takes the model's heads: it says no otherwise, but only when it is first run.
+
+    Raises:
+        BuildError: their size is no multiple of 16.
+    """
+    if spec.head_size % 16:
+        raise BuildError(
+            f"head_size is {spec.head_size}; the CPU executor computes attention for multiples of 16 only"
+        )
 
 
 class OnnxGraph:
