@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
-from harness import Harness, poisoned
+from runner import Runner, poisoned
 from numpy.typing import NDArray
 
 from edgellm.cuda.launch import At, Launch
@@ -168,7 +168,7 @@ def expected(case: Case, matrix: Matrix, x: Array, gain: Array, old: Array) -> A
 
 
 def check(
-    harness: Harness, rng: np.random.Generator, case: Case, matrix: Matrix, *, rows: int, cut: Tuning
+    runner: Runner, rng: np.random.Generator, case: Case, matrix: Matrix, *, rows: int, cut: Tuning
 ) -> list[str]:
     """What is wrong with one linear; nothing, if all is well."""
     shape = matrix.shape
@@ -196,7 +196,7 @@ def check(
     launches = decode_linear(
         shape,
         rows=rows,
-        device=harness.device,
+        device=runner.device,
         x=At("x"),
         norm=Norm(At("gain"), EPSILON, At("squares")) if case.normed else None,
         weights=At("weights"),
@@ -208,7 +208,7 @@ def check(
         tuning=cut,
     )
     # Twice over: the second finds the counters as the first left them.
-    got = harness.run(launches if residual else launches * 2, arrays)
+    got = runner.run(launches if residual else launches * 2, arrays)
     want = expected(case, matrix, x, gain, old)
     out = got["out"].astype(np.float64)
     error = float(np.linalg.norm(out - want) / np.linalg.norm(want - old * residual))
@@ -228,9 +228,9 @@ def check(
 ERRORS: list[float] = []
 
 
-def cuts(shape: PackedShape, rows: int, harness: Harness) -> Iterator[Tuning]:
+def cuts(shape: PackedShape, rows: int, runner: Runner) -> Iterator[Tuning]:
     """What the device takes, and other ways that other devices would take."""
-    device = harness.device
+    device = runner.device
     best = tuned(shape, rows=rows, device=device)
     yield best
     if shape.panels > 2:
@@ -240,7 +240,7 @@ def cuts(shape: PackedShape, rows: int, harness: Harness) -> Iterator[Tuning]:
                 yield other
 
 
-def checks(harness: Harness, seed: int, cases: Sequence[Case] = CASES) -> list[str]:
+def checks(runner: Runner, seed: int, cases: Sequence[Case] = CASES) -> list[str]:
     """Every case in every bucket; what is wrong."""
     rng = np.random.default_rng(seed)
     wrong: list[str] = []
@@ -249,19 +249,19 @@ def checks(harness: Harness, seed: int, cases: Sequence[Case] = CASES) -> list[s
         (case, matrix, rows, cut)
         for case, matrix in made
         for rows in BUCKETS
-        for cut in cuts(matrix.shape, rows, harness)
+        for cut in cuts(matrix.shape, rows, runner)
     ]
-    harness.prepare(launch for item in todo for launch in _launches(harness, *item))
+    runner.prepare(launch for item in todo for launch in _launches(runner, *item))
     for case, matrix, rows, cut in todo:
-        wrong += check(harness, rng, case, matrix, rows=rows, cut=cut)
+        wrong += check(runner, rng, case, matrix, rows=rows, cut=cut)
     return wrong
 
 
-def _launches(harness: Harness, case: Case, matrix: Matrix, rows: int, cut: Tuning) -> list[Launch]:
+def _launches(runner: Runner, case: Case, matrix: Matrix, rows: int, cut: Tuning) -> list[Launch]:
     return decode_linear(
         matrix.shape,
         rows=rows,
-        device=harness.device,
+        device=runner.device,
         x=At("x"),
         norm=Norm(At("gain"), EPSILON, At("squares")) if case.normed else None,
         weights=At("weights"),
@@ -288,38 +288,38 @@ ROTATED_BYTES: Final = 200 << 20
 class LinearBench:
     """Linears of one model's shapes over random weights."""
 
-    def __init__(self, harness: Harness, zero: Zero = "offset", group: int = 128) -> None:
-        self.harness = harness
+    def __init__(self, runner: Runner, zero: Zero = "offset", group: int = 128) -> None:
+        self.runner = runner
         self.shapes = {
             name: PackedShape(n, k, 4, group, zero, epilogue == "swiglu")
             for name, ((n, k), epilogue, _) in QWEN3_8B.items()
         }
         widest = 16 * 151936 * 4
         for name in ("x", "out", "gain", "squares", "squares_out"):
-            harness.allocate(name, widest if name == "out" else 16 * 12288 * 4)
+            runner.allocate(name, widest if name == "out" else 16 * 12288 * 4)
             self._zeros(name, widest if name == "out" else 16 * 12288 * 4)
-        harness.allocate("workspace", 64 << 20)
+        runner.allocate("workspace", 64 << 20)
         self._zeros("workspace", 64 << 20)
         self.copies: dict[str, int] = {}
 
     def _zeros(self, name: str, size: int) -> None:
-        self.harness.driver.call("cuMemsetD8", self.harness.address(At(name)), 0, size)
+        self.runner.driver.call("cuMemsetD8", self.runner.address(At(name)), 0, size)
 
     def fill(self, name: str, copies: int | None = None) -> int:
         """Weights of a linear, several different ones; how many."""
         shape = self.shapes[name]
         count = copies or -(-ROTATED_BYTES // shape.nbytes)
         self.copies[name] = count
-        base = self.harness.allocate(name, shape.nbytes * count)
+        base = self.runner.allocate(name, shape.nbytes * count)
         rng = np.random.default_rng(1)
         panels = min(shape.row_blocks * shape.panels, 8192)
         block = rng.integers(0, 256, (panels, shape.panel_bytes), np.uint8)
         block[:, shape.number_bytes :] = np.array([0x211F], "<u2").view(np.uint8)[0]
-        self.harness.driver.call("cuMemcpyHtoD", base, block.ctypes.data, block.nbytes)
+        self.runner.driver.call("cuMemcpyHtoD", base, block.ctypes.data, block.nbytes)
         done, total = block.nbytes, shape.nbytes * count
         while done < total:
             size = min(done, total - done)
-            self.harness.driver.call("cuMemcpyDtoD", base + done, base, size)
+            self.runner.driver.call("cuMemcpyDtoD", base + done, base, size)
             done += size
         return count
 
@@ -330,7 +330,7 @@ class LinearBench:
         return decode_linear(
             shape,
             rows=rows,
-            device=self.harness.device,
+            device=self.runner.device,
             x=At("x"),
             norm=Norm(At("gain"), EPSILON, At("squares")) if normed else None,
             weights=At(name, copy * shape.nbytes),
@@ -346,7 +346,7 @@ class LinearBench:
         """µs of one linear among others of its kind."""
         count = self.copies[name]
         launches = [launch for i in range(count) for launch in self.launches(name, rows, i, cut)]
-        return self.harness.time(launches, early=early) / count
+        return self.runner.time(launches, early=early) / count
 
 
 def main() -> int:
@@ -355,8 +355,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None)
     options = parser.parse_args()
     seed = secrets.randbits(32) if options.seed is None else options.seed
-    harness = Harness()
-    wrong = checks(harness, seed)
+    runner = Runner()
+    wrong = checks(runner, seed)
     for line in wrong:
         print(line)
     print(f"linears: {len(ERRORS)} checked, largest error {max(ERRORS):.1e}, {len(wrong)} wrong, seed {seed}")

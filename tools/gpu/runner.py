@@ -22,7 +22,7 @@ POISON: Final = 0xFF
 """Fills what a kernel must write: NaN as float16 and float32."""
 
 
-class Harness:
+class Runner:
     """A device with its stream, compiled kernels and buffers by name."""
 
     def __init__(self, driver: Driver | None = None) -> None:
