@@ -191,7 +191,8 @@ class Interpreter:
         scores = np.where(seen, query @ keys.swapaxes(-1, -2), -np.inf)
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         # What was never written may be anything: it must not reach the sum, not even times 0.
-        held = np.where(np.asarray(seen.any(axis=(1, 2)))[:, None, :, None], held, 0)
+        written = np.expand_dims(seen.any(axis=(1, 2)), (1, 3))
+        held = np.where(written, held, 0)
         attended = np.asarray((weights / weights.sum(axis=-1, keepdims=True)) @ held)
         values[f"{attention.name}.out"] = attended
         return attended

@@ -275,9 +275,9 @@ def test_a_sum_that_overflows_is_no_damage(tmp_path: Path) -> None:
     assert (checkpoint.tensor("norm").dequantize() == large).all()
 
 
-SENTENCEPIECE = {
-    "model": {"type": "BPE", "vocab": {"▁a": 0}, "merges": []},
-    "decoder": {"type": "Sequence", "decoders": [{"type": "Replace"}, {"type": "ByteFallback"}]},
+WORDPIECE = {
+    "model": {"type": "WordPiece", "vocab": {"a": 0}},
+    "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
 }
 
 
@@ -311,9 +311,9 @@ def test_text_files_that_are_refused(files: dict[str, Any], named: str, tmp_path
 
 
 def test_a_tokenizer_of_another_kind_is_refused_when_it_is_wanted(tmp_path: Path) -> None:
-    files = {"tokenizer.json": SENTENCEPIECE, "tokenizer_config.json": None}
+    files = {"tokenizer.json": WORDPIECE, "tokenizer_config.json": None}
     checkpoint = open_checkpoint(write_directory(tmp_path, TIED, files=files))
-    with pytest.raises(CheckpointError, match="not a byte-level BPE tokenizer"):
+    with pytest.raises(CheckpointError, match="decoder that is neither ByteLevel nor SentencePiece"):
         checkpoint.tokenizer_json()
 
 

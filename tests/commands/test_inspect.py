@@ -105,7 +105,7 @@ def test_a_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
                 },
                 **awq(8),
             },
-            ["not a byte-level BPE", "groups of 8: the CPU executor needs"],
+            ["decoder that is neither ByteLevel nor", "groups of 8: the CPU executor needs"],
         ),
         (
             {

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import packers
 import pytest
+from engines import row, run, tiny_executor
 from model_directories import Tensors, write_directory
 from numpy.typing import NDArray
 from packers import quantize
@@ -181,3 +182,19 @@ def test_odd_heads_are_refused(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(replace(TIED, head_size=12).write_gguf(tmp_path / "tiny.gguf"))
     with pytest.raises(BuildError, match="head_size 12"):
         emitted(checkpoint, trt_api())
+
+
+@pytest.mark.model
+def test_the_real_network_gives_the_cpu_executors_logits(smollm2_gguf: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(smollm2_gguf)
+    tokens = np.random.default_rng(3).integers(0, checkpoint.spec.vocab_size, 8).tolist()
+    executor = tiny_executor(checkpoint, tmp_path / "engine", compute="fp32")
+    expected = np.concatenate([run(executor, row(0, 0, tokens[:n])) for n in (5, 7, 8)])
+    net = emitted(checkpoint, trt_api())
+    for rounded in (False, True):
+        model = InterpretedModel(net, rounded=rounded)
+        # A prompt, a second chunk of it behind what is there, a decode step.
+        chunks = [model.step([(0, a, tokens[a:b])]) for a, b in ((0, 5), (5, 7), (7, 8))]
+        assert _kl(np.concatenate(chunks), expected) < 0.005
+        if not rounded:
+            assert _relative(np.concatenate(chunks), expected) < 5e-3
