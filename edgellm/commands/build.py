@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from edgellm.commands.quantizing import QuantizedBuild, add_flags, show_report
+
 if TYPE_CHECKING:
     from edgellm.checkpoint import Checkpoint
     from edgellm.enginedir import BuildConfig, EngineConfig
@@ -66,6 +68,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="NAME",
         help="what to call the model (default: the file's or directory's name)",
     )
+    add_flags(parser)
     parser.set_defaults(run=run)
 
 
@@ -75,10 +78,13 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         OperatorError: the flags, the checkpoint or the place to write; see edgellm.errors.
     """
+    import msgspec
+
     from edgellm.checkpoint import open_checkpoint
     from edgellm.commands.progress import progress_bar
     from edgellm.engine_draft import remove_abandoned_drafts
-    from edgellm.enginedir import new_engine, seal
+    from edgellm.enginedir import QUANTIZATION, TOKENIZER, new_engine, seal, write_json
+    from edgellm.text.tokenizer import Tokenizer
 
     started = time.monotonic()
     refuse_model_name(args.checkpoint)
@@ -89,12 +95,21 @@ def run(args: argparse.Namespace) -> int:
         max_seq_len=args.max_seq_len,
         max_num_tokens=args.max_num_tokens,
     )
-    config = _engine_config(args, checkpoint, build)
+    quantized = QuantizedBuild.from_flags(args, checkpoint)
+    if quantized is not None:
+        checkpoint = quantized.checkpoint
+    report = None
     for draft in remove_abandoned_drafts(args.output.resolve()):
         print(f"removed {draft}, left by a build that was killed", file=sys.stderr)
     with _sigterm_raises(), progress_bar() as progress, new_engine(args.output) as draft:
         _write_text(checkpoint, draft)
+        if quantized is not None:
+            quantized.calibrate(Tokenizer.from_file(draft / TOKENIZER, bos_id=checkpoint.bos_id), progress)
+        config = _engine_config(args, checkpoint, build)
         _write_network(args, checkpoint, draft, build, progress)
+        if quantized is not None:
+            report = quantized.report(progress)
+            write_json(draft / QUANTIZATION, msgspec.to_builtins(report))
         progress("checksums", 1.0)
         config = seal(draft, config)
     size = sum(record.bytes for record in config.edgellm.files.values())
@@ -103,6 +118,8 @@ def run(args: argparse.Namespace) -> int:
         f"{build.slots}, steps of {build.max_num_tokens}, "
         f"{args.executor} {args.compute}, built in {time.monotonic() - started:.1f} s"
     )
+    if report is not None:
+        show_report(report)
     return 0
 
 
