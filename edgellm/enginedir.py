@@ -21,7 +21,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,10 +258,14 @@ def new_engine(path: Path) -> Iterator[Path]:
         raise BuildError(f"cannot write {path}: {error.strerror or error}{hint}") from error
 
 
-def seal(draft: Path, config: EngineConfig) -> EngineConfig:
-    """Write config.json with size and SHA-256 of every file in `draft`; gives what was written."""
+def seal(draft: Path, config: EngineConfig, hashed: Mapping[str, str] = {}) -> EngineConfig:
+    """Write config.json with size and SHA-256 of every file in `draft`; gives what was written.
+
+    Args:
+        hashed: file name → SHA-256 in hex, of those that need not be read again.
+    """
     files = {
-        file.name: FileRecord(sha256=sha256_of(file), bytes=file.stat().st_size)
+        file.name: FileRecord(sha256=hashed.get(file.name) or sha256_of(file), bytes=file.stat().st_size)
         for file in sorted(draft.iterdir())
         if file.name != CONFIG
     }

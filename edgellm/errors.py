@@ -23,8 +23,10 @@
         ├── CheckpointError       65
         ├── EngineError           66
         ├── DownloadError         69
+        ├── DeviceError           69
         ├── BuildError            73
         ├── ExecutorFault         70
+        │   └── DeviceLost            70
         ├── TemporaryShortage     75
         └── ConfigError           78
 
@@ -190,6 +192,12 @@ class DownloadError(OperatorError):
     exit_code = 69
 
 
+class DeviceError(OperatorError):
+    """The GPU that the engine needs cannot be used: no driver, an old one, no permission, an old GPU."""
+
+    exit_code = 69
+
+
 class BuildError(OperatorError):
     """An engine could not be written."""
 
@@ -200,6 +208,10 @@ class ExecutorFault(OperatorError):
     """The executor failed at run time: the daemon answers what is open, exits, and is started again."""
 
     exit_code = 70
+
+
+class DeviceLost(ExecutorFault):
+    """The device failed in a way that nothing in this process can mend; only a new process can go on."""
 
 
 class TemporaryShortage(OperatorError):

@@ -2,9 +2,46 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+
+TENSORRT_REQUIRED = "EDGELLM_TEST_TENSORRT"
+"""Set where TensorRT must be there: its tests then fail rather than stay out."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the tests that need a TensorRT out where there is none, and remember how many."""
+    needing = [item for item in items if item.get_closest_marker("tensorrt")]
+    if needing and not os.environ.get(TENSORRT_REQUIRED) and not _has_tensorrt():
+        items[:] = [item for item in items if item not in needing]
+        config.hook.pytest_deselected(items=needing)
+        config.stash[_LEFT_OUT] = needing
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say which tests did not run: a green line must not hide them."""
+    left_out: Sequence[pytest.Item] = config.stash.get(_LEFT_OUT, ())
+    if left_out:
+        terminalreporter.write_line(
+            f"{len(left_out)} TensorRT tests did NOT run: no TensorRT is installed "
+            "(`pip install edgellm[tensorrt-rtx]` brings one that builds plans without a GPU)"
+        )
+
+
+_LEFT_OUT = pytest.StashKey[Sequence[pytest.Item]]()
+
+
+def _has_tensorrt() -> bool:
+    from edgellm.tensorrt.api import TensorRtMissing, find_api
+
+    try:
+        find_api()
+    except TensorRtMissing:
+        return False
+    return True
 
 
 @pytest.fixture(scope="session")

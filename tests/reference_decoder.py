@@ -32,6 +32,21 @@ def reference_logits(checkpoint: Checkpoint, tokens: Sequence[int]) -> Array:
         scaled: Array = x / np.sqrt(mean_square + spec.norm_epsilon) * tensor(name)
         return scaled
 
+    def mlp(h: Array, name: str) -> Array:
+        gate = linear(h, f"{name}.gate_proj")
+        return linear(gate / (1 + np.exp(-gate)) * linear(h, f"{name}.up_proj"), f"{name}.down_proj")
+
+    def mixture(h: Array, name: str) -> Array:
+        assert spec.moe is not None
+        scores = np.exp(linear(h, f"{name}.gate"))
+        out = np.zeros_like(h)
+        for token, row in enumerate(scores / scores.sum(axis=-1, keepdims=True)):
+            chosen = np.argsort(-row)[: spec.moe.top_k]
+            total = row[chosen].sum() if spec.moe.normalization_mode else 1
+            for e in chosen:
+                out[token] += row[e] / total * mlp(h[token], f"{name}.experts.{e}")
+        return out
+
     size = spec.head_size
     rotary = Rotary(spec.rotary_base ** (-2 * np.arange(size // 2) / size))
     if spec.rotary_scaling is not None:
@@ -50,9 +65,7 @@ def reference_logits(checkpoint: Checkpoint, tokens: Sequence[int]) -> Array:
         x = x + linear(heads, f"layers.{i}.self_attn.o_proj")
 
         h = norm(x, f"layers.{i}.post_attention_layernorm")
-        gate = linear(h, f"layers.{i}.mlp.gate_proj")
-        h = gate / (1 + np.exp(-gate)) * linear(h, f"layers.{i}.mlp.up_proj")
-        x = x + linear(h, f"layers.{i}.mlp.down_proj")
+        x = x + (mixture if checkpoint.has(f"layers.{i}.mlp.gate") else mlp)(h, f"layers.{i}.mlp")
     x = norm(x, "norm")
     return linear(x, "lm_head" if checkpoint.has("lm_head") else "embed_tokens")
 

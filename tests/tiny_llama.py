@@ -14,7 +14,13 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
 
-ARCHITECTURES = {"Llama": "llama", "Mistral": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3"}
+ARCHITECTURES = {
+    "Llama": "llama",
+    "Mistral": "llama",
+    "Qwen2": "qwen2",
+    "Qwen3": "qwen3",
+    "Qwen3Moe": "qwen3moe",
+}
 """transformers' family → GGUF's general.architecture."""
 
 
@@ -26,6 +32,7 @@ class TinyLlama:
         vocab: as many tokens as `ggufs.tokens` has, so that the file can carry a vocabulary.
         family: Qwen2 has biases on q, k and v, Qwen3 norms on query and key heads.
         scaling: transformers' rope_parameters, without theta.
+        experts: in each layer but the dense ones, of width `inner`; the dense layers are twice as wide.
     """
 
     hidden: int
@@ -41,6 +48,10 @@ class TinyLlama:
     seed: int = 1
     family: str = "Llama"
     scaling: Mapping[str, Any] = field(default_factory=dict)
+    experts: int = 0
+    top_k: int = 0
+    normalize: bool = True
+    dense_layers: tuple[int, ...] = ()
 
     def weights(self) -> dict[str, Array]:
         """Canonical name → float32, rows in Hugging Face's order. RandomState's stream never changes."""
@@ -55,15 +66,18 @@ class TinyLlama:
                 f"layers.{i}.self_attn.v_proj": (key, self.hidden),
                 f"layers.{i}.self_attn.o_proj": (self.hidden, query),
                 f"layers.{i}.post_attention_layernorm": (self.hidden,),
-                f"layers.{i}.mlp.gate_proj": (self.inner, self.hidden),
-                f"layers.{i}.mlp.up_proj": (self.inner, self.hidden),
-                f"layers.{i}.mlp.down_proj": (self.hidden, self.inner),
             }
+            if self.experts and i not in self.dense_layers:
+                shapes[f"layers.{i}.mlp.gate"] = (self.experts, self.hidden)
+                for e in range(self.experts):
+                    shapes |= self._mlp(f"layers.{i}.mlp.experts.{e}", self.inner)
+            else:
+                shapes |= self._mlp(f"layers.{i}.mlp", self.dense_inner)
             if self.family == "Qwen2":
                 shapes |= {
                     f"layers.{i}.self_attn.{p}_proj.bias": (query if p == "q" else key,) for p in "qkv"
                 }
-            if self.family == "Qwen3":
+            if self.family.startswith("Qwen3"):
                 shapes |= {f"layers.{i}.self_attn.{p}_norm": (self.head_size,) for p in "qk"}
         shapes["norm"] = (self.hidden,)
         if not self.tied:
@@ -81,6 +95,17 @@ class TinyLlama:
                 values = 2 * values / np.sqrt(shape[1])
             made[name] = values.astype(np.float32)
         return made
+
+    @property
+    def dense_inner(self) -> int:
+        """Width of an MLP that is no expert."""
+        return self.inner * (2 if self.experts else 1)
+
+    def _mlp(self, name: str, inner: int) -> dict[str, tuple[int, ...]]:
+        shapes = {"gate_proj": (inner, self.hidden), "up_proj": (inner, self.hidden)}
+        return {
+            f"{name}.{part}": shape for part, shape in (shapes | {"down_proj": (self.hidden, inner)}).items()
+        }
 
     def write_gguf(
         self,
@@ -102,7 +127,7 @@ class TinyLlama:
         writer.add_block_count(self.layers)
         writer.add_context_length(4096)
         writer.add_embedding_length(self.hidden)
-        writer.add_feed_forward_length(self.inner)
+        writer.add_feed_forward_length(self.dense_inner)
         writer.add_head_count(self.heads)
         writer.add_head_count_kv(self.kv_heads)
         writer.add_key_length(self.head_size)
@@ -110,6 +135,10 @@ class TinyLlama:
         writer.add_layer_norm_rms_eps(self.epsilon)
         writer.add_rope_freq_base(self.rotary_base)
         writer.add_rope_dimension_count(self.head_size)
+        if self.experts:
+            writer.add_expert_count(self.experts)
+            writer.add_expert_used_count(self.top_k)
+            writer.add_expert_feed_forward_length(self.inner)
         self._add_scaling(writer)
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("smollm")
@@ -117,13 +146,17 @@ class TinyLlama:
         writer.add_token_types(token_types())
         writer.add_token_merges(MERGES)
         writer.add_eos_token_id(2)
-        for index, (name, values) in enumerate(self.weights().items()):
-            kind = "F32" if values.ndim == 1 else embedding if name == "embed_tokens" else linear
+        for index, (name, values) in enumerate(_stacked_experts(self.weights()).items()):
+            unquantized = values.ndim == 1 or name.endswith("mlp.gate")
+            kind = "F32" if unquantized else embedding if name == "embed_tokens" else linear
             kind = (others or {}).get(name.rsplit(".", 1)[-1], kind)
             dtype = gguf.GGMLQuantizationType[kind]
             if kind.endswith("_K"):
                 # The package cannot quantize to these; other random values of the same size do as well.
-                stored = random_blocks(kind, values.shape, 2 / np.sqrt(values.shape[1]), self.seed + index)
+                *rows, columns = values.shape
+                shape = int(np.prod(rows)), columns
+                stored = random_blocks(kind, shape, 2 / np.sqrt(columns), self.seed + index)
+                stored = stored.reshape(*rows, -1)
             else:
                 stored = gguf.quants.quantize(self._as_gguf(name, values), dtype)
             writer.add_tensor(_gguf_name(name), stored, raw_dtype=dtype)
@@ -138,7 +171,7 @@ class TinyLlama:
         return {
             "vocab_size": self.vocab,
             "hidden_size": self.hidden,
-            "intermediate_size": self.inner,
+            "intermediate_size": self.dense_inner,
             "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads,
             "num_key_value_heads": self.kv_heads,
@@ -147,6 +180,19 @@ class TinyLlama:
             "rope_parameters": {"rope_type": "default", "rope_theta": self.rotary_base, **self.scaling},
             "tie_word_embeddings": self.tied,
             "max_position_embeddings": 4096,
+            **self._mixture(),
+        }
+
+    def _mixture(self) -> dict[str, Any]:
+        if not self.experts:
+            return {}
+        return {
+            "num_experts": self.experts,
+            "num_experts_per_tok": self.top_k,
+            "moe_intermediate_size": self.inner,
+            "norm_topk_prob": self.normalize,
+            "mlp_only_layers": list(self.dense_layers),
+            "decoder_sparse_step": 1,
         }
 
     def _as_gguf(self, name: str, values: Array) -> Array:
@@ -184,6 +230,15 @@ class TinyLlama:
                 writer.add_tensor("rope_freqs.weight", np.array(factors, np.float32))
 
 
+def _stacked_experts(weights: Mapping[str, Array]) -> dict[str, Array]:
+    """Each part of all experts of a layer in one array, [E, N, K]."""
+    stacked: dict[str, list[Array]] = {}
+    for name, values in weights.items():
+        layer, experts, rest = name.partition(".experts.")
+        stacked.setdefault(f"{layer}.experts.{rest.split('.')[1]}" if experts else name, []).append(values)
+    return {name: np.stack(some) if ".experts." in name else some[0] for name, some in stacked.items()}
+
+
 def _gguf_name(name: str) -> str:
     top = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
     if name in top:
@@ -198,12 +253,14 @@ def _gguf_name(name: str) -> str:
         "gate_proj": "ffn_gate",
         "up_proj": "ffn_up",
         "down_proj": "ffn_down",
+        "gate": "ffn_gate_inp",
         "q_norm": "attn_q_norm",
         "k_norm": "attn_k_norm",
     }
     fields = name.split(".")
     kind = "bias" if fields[-1] == "bias" else "weight"
-    return f"blk.{fields[1]}.{parts[fields[3] if kind == 'bias' else fields[-1]]}.{kind}"
+    part = parts[fields[3] if kind == "bias" else fields[-1]]
+    return f"blk.{fields[1]}.{part}{'_exps' if 'experts' in fields else ''}.{kind}"
 
 
 # Of so short an original context that the twelve tokens of the golden files see the difference.
@@ -234,4 +291,29 @@ TINY = {
     "qwen3, yarn": TinyLlama(
         64, 2, 1, 64, 96, tied=True, rotary_base=1e6, seed=12, family="Qwen3", scaling=YARN
     ),
+    "qwen3moe, tied": TinyLlama(
+        64, 5, 1, 32, 48, tied=True, rotary_base=1e6, seed=13, family="Qwen3Moe", experts=6, top_k=2
+    ),
+    "qwen3moe, 3 of 12, untied": TinyLlama(
+        72, 6, 2, 16, 40, tied=False, rotary_base=1e6, seed=14, family="Qwen3Moe", experts=12, top_k=3
+    ),
+    "qwen3moe, not normalized, one dense layer": TinyLlama(
+        64,
+        4,
+        2,
+        32,
+        48,
+        tied=False,
+        rotary_base=1e6,
+        layers=3,
+        seed=15,
+        family="Qwen3Moe",
+        experts=7,
+        top_k=3,
+        normalize=False,
+        dense_layers=(1,),
+    ),
 }
+
+TINY_GGUF = {name: tiny for name, tiny in TINY.items() if tiny.normalize and not tiny.dense_layers}
+"""Those that a GGUF file can hold: llama.cpp has no other mixtures."""

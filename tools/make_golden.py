@@ -40,8 +40,12 @@ def main() -> int:
         # Under Hugging Face's names: `model.` before all but the head, `.weight` after.
         state = {
             ("" if key == "lm_head" else "model.")
-            + (key if key.endswith(".bias") else f"{key}.weight"): torch.from_numpy(values)
-            for key, values in tiny.weights().items()
+            + (
+                key
+                if key.endswith((".bias", "experts.gate_up_proj", "experts.down_proj"))
+                else f"{key}.weight"
+            ): torch.from_numpy(values)
+            for key, values in _fused_experts(tiny.weights()).items()
         }
         missing, unexpected = model.load_state_dict(state, strict=False)
         assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
@@ -63,6 +67,28 @@ def main() -> int:
     np.savez_compressed(GOLDEN, **golden)  # type: ignore[arg-type]
     print(f"{GOLDEN}: torch {torch.__version__}, transformers {transformers.__version__}")
     return 0
+
+
+def _fused_experts(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The experts of a layer in two tensors, as transformers 5 holds them: [E, 2F, D] and [E, D, F]."""
+    experts: dict[str, list[dict[str, np.ndarray]]] = {}
+    others = {}
+    for key, values in weights.items():
+        layer, found, rest = key.partition(".experts.")
+        if not found:
+            others[key] = values
+            continue
+        number, part = rest.split(".")
+        experts.setdefault(layer, [])
+        if len(experts[layer]) == int(number):
+            experts[layer].append({})
+        experts[layer][int(number)][part] = values
+    for layer, parts in experts.items():
+        others[f"{layer}.experts.gate_up_proj"] = np.stack(
+            [np.concatenate([one["gate_proj"], one["up_proj"]]) for one in parts]
+        )
+        others[f"{layer}.experts.down_proj"] = np.stack([one["down_proj"] for one in parts])
+    return others
 
 
 if __name__ == "__main__":

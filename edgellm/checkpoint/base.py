@@ -19,6 +19,7 @@ class Checkpoint(Protocol):
         layers.{i}.input_layernorm · layers.{i}.post_attention_layernorm
         layers.{i}.self_attn.{q,k,v,o}_proj · layers.{i}.self_attn.{q,k,v}_proj.bias
         layers.{i}.mlp.{gate,up,down}_proj
+        layers.{i}.mlp.gate (the router) · layers.{i}.mlp.experts.{e}.{gate,up,down}_proj in a mixture's stead
     Rows of q and k are in Hugging Face's order (rotary halves: element d pairs with d + head_size / 2).
 
     Attributes:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from edgellm.cache import cache_directory
 from edgellm.errors import DownloadError, UsageError
 from edgellm.executor.base import Progress
 
@@ -68,14 +69,6 @@ MODELS: Final = {
 """Name → model."""
 
 
-def cache_directory() -> Path:
-    """Where models are kept: `models` in $EDGELLM_CACHE, or in `edgellm` in $XDG_CACHE_HOME or ~/.cache."""
-    own = os.environ.get("EDGELLM_CACHE")
-    if own:
-        return Path(own) / "models"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgellm" / "models"
-
-
 def fetch(name: str, progress: Progress = lambda _name, _fraction: None) -> Path:
     """The path of a model's checkpoint, which is brought if it is not in the cache yet.
 
@@ -89,7 +82,7 @@ def fetch(name: str, progress: Progress = lambda _name, _fraction: None) -> Path
         near = difflib.get_close_matches(name, MODELS, n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(MODELS)}"
         raise UsageError(f"no model {name} to fetch{hint}")
-    target = cache_directory() / Path(model.member).name
+    target = cache_directory("models") / Path(model.member).name
     if target.is_file() and target.stat().st_size == model.bytes and _sha256(target) == model.sha256:
         return target
     try:

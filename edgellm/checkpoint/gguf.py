@@ -21,7 +21,7 @@ import mmap
 import os
 import struct
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -122,6 +122,12 @@ class TensorInfo:
     shape: tuple[int, ...]
     offset: int
     size: int
+
+    def rows(self, first: int, count: int) -> TensorInfo:
+        """Some rows [count, K] of a matrix or of matrices one below the other, [E, N, K]; or of a vector."""
+        each = self.size // (math.prod(self.shape[:-1]) if len(self.shape) > 1 else self.shape[0])
+        shape = (count, *self.shape[1:][-1:])
+        return replace(self, shape=shape, offset=self.offset + first * each, size=count * each)
 
 
 class GgufFile:

@@ -7,42 +7,18 @@ answers a little worse.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Literal
 
-from edgellm.checkpoint.gguf import GgufFile
+from edgellm.checkpoint.gguf import GgufFile, TensorInfo
 from edgellm.checkpoint.gguf_layouts import weight
+from edgellm.checkpoint.gguf_places import BIASES, HEAD_NORMS, TOP, places_of
 from edgellm.checkpoint.gguf_spec import ARCHITECTURES, ROPE_FREQS, read_spec
 from edgellm.errors import CheckpointError
 from edgellm.model.quantization import Quantization
 from edgellm.model.spec import ModelSpec
 from edgellm.model.weights import Grouped, Weight
 from edgellm.text.bpe import CONTROL, BpeVocabulary
-
-_TOP: Final = {
-    "embed_tokens": "token_embd.weight",
-    "norm": "output_norm.weight",
-    "lm_head": "output.weight",
-}
-_LAYER: Final = {
-    "input_layernorm": "attn_norm.weight",
-    "self_attn.q_proj": "attn_q.weight",
-    "self_attn.k_proj": "attn_k.weight",
-    "self_attn.v_proj": "attn_v.weight",
-    "self_attn.o_proj": "attn_output.weight",
-    "self_attn.q_proj.bias": "attn_q.bias",
-    "self_attn.k_proj.bias": "attn_k.bias",
-    "self_attn.v_proj.bias": "attn_v.bias",
-    "self_attn.q_norm": "attn_q_norm.weight",
-    "self_attn.k_norm": "attn_k_norm.weight",
-    "post_attention_layernorm": "ffn_norm.weight",
-    "mlp.gate_proj": "ffn_gate.weight",
-    "mlp.up_proj": "ffn_up.weight",
-    "mlp.down_proj": "ffn_down.weight",
-}
-_BIASES: Final = frozenset(f"self_attn.{part}_proj.bias" for part in "qkv")
-_HEAD_NORMS: Final = frozenset({"self_attn.q_norm", "self_attn.k_norm"})
 
 END_OF_ANSWER: Final = frozenset(
     {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>"}
@@ -65,7 +41,7 @@ class GgufCheckpoint:
         self.spec = read_spec(self.file)
         self._architecture = ARCHITECTURES[self.file.string("general.architecture")]
         self.name = path.stem
-        self._names = dict(_names(self.spec))
+        self._places = dict(places_of(self.spec, self._architecture))
         self._check_tensors()
         self.vocabulary = _vocabulary(self.file, self.spec)
         self.chat_template = self.file.string("tokenizer.chat_template", "") or None
@@ -79,11 +55,11 @@ class GgufCheckpoint:
     @property
     def quantization(self) -> Quantization:
         """How most linear weights are stored, by bytes; `exclude_modules` names the others."""
-        kinds = {name: self._kind(name) for name in self._names if self.has(name) and self._is_matrix(name)}
+        kinds = {name: self._kind(name) for name in self._places if self.has(name) and self._is_matrix(name)}
         sizes: Counter[tuple[int, bool, int]] = Counter()
         for name, kind in kinds.items():
-            if name not in _TOP:
-                sizes[kind] += self.file.tensors[self._names[name]].size
+            if name not in TOP:
+                sizes[kind] += self._info(name).size
         main = sizes.most_common(1)[0][0]
         bits, asymmetric, group = main
         algorithms: dict[int, Literal["W4A16", "W8A16", "NO_QUANT"]] = {
@@ -105,7 +81,8 @@ class GgufCheckpoint:
 
     def has(self, name: str) -> bool:
         """Whether there is a tensor of this canonical name."""
-        return self._names.get(name) in self.file.tensors
+        place = self._places.get(name)
+        return place is not None and place.stored in self.file.tensors
 
     def tensor(self, name: str) -> Weight:
         """The tensor of this canonical name; its bytes are read by its `read()`."""
@@ -118,14 +95,19 @@ class GgufCheckpoint:
             heads = self.spec.num_attention_heads
         elif ".self_attn.k_proj" in name:
             heads = self.spec.num_key_value_heads
-        return weight(self.file, self.file.tensors[self._names[name]], rotary_heads=heads)
+        return weight(self.file, self._info(name), rotary_heads=heads)
 
     def tokenizer_json(self) -> bytes:
         """The tokenizer in the format of Hugging Face's `tokenizers`, UTF-8."""
         return self.vocabulary.tokenizer_json()
 
+    def _info(self, name: str) -> TensorInfo:
+        place = self._places[name]
+        info = self.file.tensors[place.stored]
+        return info if place.count is None else info.rows(place.first, place.count)
+
     def _is_matrix(self, name: str) -> bool:
-        return len(self.file.tensors[self._names[name]].shape) == 2
+        return len(self._info(name).shape) == 2
 
     def _kind(self, name: str) -> tuple[int, bool, int]:
         tensor = self.tensor(name)
@@ -134,27 +116,27 @@ class GgufCheckpoint:
         return 16, False, 0
 
     def _check_tensors(self) -> None:
-        known = {gguf: canonical for canonical, gguf in self._names.items()}
-        for gguf in self.file.tensors:
-            if gguf not in known and gguf != ROPE_FREQS:
+        known = {place.stored for place in self._places.values()}
+        for stored in self.file.tensors:
+            if stored not in known and stored != ROPE_FREQS:
                 raise CheckpointError(
-                    f"{self.path} has tensor {gguf}, which edgellm's {self.spec.architecture} lacks"
+                    f"{self.path} has tensor {stored}, which edgellm's {self.spec.architecture} lacks"
                 )
-        for canonical, gguf in self._names.items():
-            info = self.file.tensors.get(gguf)
+        for canonical, place in self._places.items():
+            info = self.file.tensors.get(place.stored)
             if info is None:
                 if self._required(canonical):
-                    raise CheckpointError(f"{self.path} has no tensor {gguf}")
-            elif info.shape != (shape := _shape(self.spec, canonical)):
+                    raise CheckpointError(f"{self.path} has no tensor {place.stored}")
+            elif info.shape != place.shape:
                 raise CheckpointError(
-                    f"{self.path}: tensor {gguf} has shape {info.shape}, its keys say {shape}"
+                    f"{self.path}: tensor {place.stored} has shape {info.shape}, its keys say {place.shape}"
                 )
 
     def _required(self, canonical: str) -> bool:
         part = canonical.split(".", 2)[-1]
-        if part in _BIASES:
+        if part in BIASES:
             return self.spec.attn_bias
-        if part in _HEAD_NORMS:
+        if part in HEAD_NORMS:
             return self.spec.qk_layernorm
         return part != "lm_head"
 
@@ -183,43 +165,6 @@ class GgufCheckpoint:
                 f"{self.path} has no key tokenizer.ggml.eos_token_id: nothing would end an answer"
             )
         return eos_ids
-
-
-def _names(spec: ModelSpec) -> Iterator[tuple[str, str]]:
-    """(canonical, GGUF) names in the order in which a model uses them."""
-    yield "embed_tokens", _TOP["embed_tokens"]
-    for layer in range(spec.num_hidden_layers):
-        for canonical, gguf in _LAYER.items():
-            if spec.qk_layernorm or canonical not in _HEAD_NORMS:
-                yield f"layers.{layer}.{canonical}", f"blk.{layer}.{gguf}"
-    yield "norm", _TOP["norm"]
-    yield "lm_head", _TOP["lm_head"]
-
-
-def _shape(spec: ModelSpec, canonical: str) -> tuple[int, ...]:
-    hidden, inner = spec.hidden_size, spec.intermediate_size
-    queries = spec.num_attention_heads * spec.head_size
-    keys = spec.num_key_value_heads * spec.head_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "embed_tokens": (spec.vocab_size, hidden),
-        "norm": (hidden,),
-        "lm_head": (spec.vocab_size, hidden),
-        "input_layernorm": (hidden,),
-        "post_attention_layernorm": (hidden,),
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "self_attn.q_proj.bias": (queries,),
-        "self_attn.k_proj.bias": (keys,),
-        "self_attn.v_proj.bias": (keys,),
-        "self_attn.q_norm": (spec.head_size,),
-        "self_attn.k_norm": (spec.head_size,),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-    return shapes[canonical.split(".", 2)[-1]]
 
 
 def _vocabulary(file: GgufFile, spec: ModelSpec) -> BpeVocabulary:

@@ -1,4 +1,4 @@
-"""A GGUF file's keys → `ModelSpec`: llama, qwen2 and qwen3; Mistral's models say llama.
+"""A GGUF file's keys → `ModelSpec`: llama, qwen, qwen2, qwen3 and qwen3moe; Mistral's models say llama.
 
 Keys are those of llama.cpp's gguf-py (constants.py), and mean what llama.cpp makes of them. What this file
 does not know it refuses by name: a scaling key that was silently ignored would be a model that answers a
@@ -20,7 +20,7 @@ from edgellm.model.rotary import (
     YarnScaling,
     make_rotary,
 )
-from edgellm.model.spec import ModelSpec
+from edgellm.model.spec import Mixture, ModelSpec, Normalization
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,18 +32,27 @@ class Architecture:
         permuted: whether rows of q and k are in llama.cpp's order, rotary pairs adjacent.
         biases: whether q, k and v always have biases; others may.
         head_norms: whether query and key heads are normalised.
+        fused_qkv: whether q, k and v are one tensor.
+        mlps: how many MLPs wide `feed_forward_length` is.
+        longest: tokens from which on the model may compute otherwise, which its keys do not tell.
     """
 
     name: str
     permuted: bool = False
     biases: bool = False
     head_norms: bool = False
+    fused_qkv: bool = False
+    mlps: int = 1
+    longest: int | None = None
 
 
 ARCHITECTURES: Final = {
     "llama": Architecture("LlamaForCausalLM", permuted=True),
+    # Beyond its config's seq_length it scales queries and frequencies; there are models of 2048.
+    "qwen": Architecture("QWenLMHeadModel", biases=True, fused_qkv=True, mlps=2, longest=2048),
     "qwen2": Architecture("Qwen2ForCausalLM", biases=True),
     "qwen3": Architecture("Qwen3ForCausalLM", head_norms=True),
+    "qwen3moe": Architecture("Qwen3MoeForCausalLM", head_norms=True),
 }
 """By `general.architecture`."""
 
@@ -55,7 +64,12 @@ NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
     "rope.scaling.yarn_ext_factor": (-1.0, 1.0),
     "rope.scaling.yarn_attn_factor": (1.0,),
     "rope.scaling.yarn_log_multiplier": (0.0,),
-    "expert_count": (0,),
+    "expert_shared_count": (0,),
+    "expert_group_count": (0, 1),
+    "expert_weights_scale": (0.0, 1.0),
+    "expert_weights_norm": (True,),
+    # Softmax.
+    "expert_gating_func": (0, 1),
     "attention.scale": (0.0,),
     "attention.clamp_kqv": (0.0,),
     "attention.max_alibi_bias": (0.0,),
@@ -119,24 +133,43 @@ def read_spec(file: GgufFile) -> ModelSpec:
     for key, number in (("attention.layer_norm_rms_epsilon", epsilon), ("rope.freq_base", base)):
         if number <= 0:
             raise CheckpointError(f"{file.path}: {architecture}.{key} is {number}, which should be positive")
+    known, experts = ARCHITECTURES[architecture], architecture == "qwen3moe"
+    if not experts and file.integer(f"{architecture}.expert_count", 0):
+        raise CheckpointError(f"{file.path} has {architecture}.expert_count, which edgellm does not support")
+    context, inner = integer("context_length"), integer("feed_forward_length")
+    if inner % known.mlps:
+        raise CheckpointError(f"{file.path}: {architecture}.feed_forward_length is {inner}, an odd number")
     return ModelSpec(
-        architecture=ARCHITECTURES[architecture].name,
+        architecture=known.name,
         vocab_size=len(file.strings("tokenizer.ggml.tokens")),
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_size=head,
-        intermediate_size=integer("feed_forward_length"),
+        intermediate_size=inner // known.mlps,
         norm_epsilon=epsilon,
-        max_position_embeddings=integer("context_length"),
+        max_position_embeddings=context if known.longest is None else min(context, known.longest),
         rotary_base=base,
         rotary_scaling=_rotary_scaling(file, architecture, head, base),
         sliding_window=file.integer(f"{architecture}.attention.sliding_window", 0) or None,
-        qk_layernorm=ARCHITECTURES[architecture].head_norms,
-        attn_bias=ARCHITECTURES[architecture].biases or "blk.0.attn_q.bias" in file.tensors,
+        qk_layernorm=known.head_norms,
+        attn_bias=known.biases or "blk.0.attn_q.bias" in file.tensors,
         tie_word_embeddings="output.weight" not in file.tensors,
+        moe=_mixture(file, architecture) if experts else None,
+        moe_intermediate_size=integer("expert_feed_forward_length") if experts else 0,
     )
+
+
+def _mixture(file: GgufFile, architecture: str) -> Mixture:
+    """Every layer is one, and weights are normalised, whatever the model had: so llama.cpp computes them."""
+    experts = file.integer(f"{architecture}.expert_count", minimum=1)
+    top_k = file.integer(f"{architecture}.expert_used_count", minimum=1)
+    if top_k > experts:
+        raise CheckpointError(
+            f"{file.path}: {architecture}.expert_used_count {top_k} is more than expert_count {experts}"
+        )
+    return Mixture(num_experts=experts, top_k=top_k, normalization_mode=Normalization.RENORMALIZE)
 
 
 def _rotary_scaling(file: GgufFile, architecture: str, head: int, base: float) -> RotaryScaling | None:

@@ -173,15 +173,19 @@ def _shapes(spec: ModelSpec, family: Family) -> Iterator[tuple[str, tuple[int, .
     """(canonical name, shape) of every tensor, in the order in which a model uses them."""
     hidden, inner, head = spec.hidden_size, spec.intermediate_size, spec.head_size
     queries, keys = spec.num_attention_heads * head, spec.num_key_value_heads * head
-    linears: dict[str, tuple[int, int]] = {
+    attention: dict[str, tuple[int, int]] = {
         "self_attn.q_proj": (queries, hidden),
         "self_attn.k_proj": (keys, hidden),
         "self_attn.v_proj": (keys, hidden),
         "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
     }
+    dense = {f"mlp.{part}": shape for part, shape in _mlp(inner, hidden).items()}
+    mixture: dict[str, tuple[int, int]] = {}
+    if spec.moe is not None:
+        mixture["mlp.gate"] = (spec.moe.num_experts, hidden)
+        for expert in range(spec.moe.num_experts):
+            for part, shape in _mlp(spec.moe_intermediate_size, hidden).items():
+                mixture[f"mlp.experts.{expert}.{part}"] = shape
 
     def biased(linear: str) -> bool:
         if linear.startswith("mlp."):
@@ -196,10 +200,16 @@ def _shapes(spec: ModelSpec, family: Family) -> Iterator[tuple[str, tuple[int, .
         if spec.qk_layernorm:
             yield f"{here}.self_attn.q_norm", (head,)
             yield f"{here}.self_attn.k_norm", (head,)
-        for linear, shape in linears.items():
+        mlp = mixture if spec.is_mixture(layer) else dense
+        for linear, shape in (attention | mlp).items():
             yield f"{here}.{linear}", shape
             if biased(linear):
                 yield f"{here}.{linear}.bias", shape[:1]
     yield "norm", (hidden,)
     if not spec.tie_word_embeddings:
         yield "lm_head", (spec.vocab_size, hidden)
+
+
+def _mlp(inner: int, hidden: int) -> dict[str, tuple[int, int]]:
+    """Projection → shape, of one gated MLP."""
+    return {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}

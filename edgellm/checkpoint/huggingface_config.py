@@ -15,7 +15,7 @@ from typing import Any, Final
 from edgellm.checkpoint.safetensors import read_json
 from edgellm.errors import CheckpointError
 from edgellm.model.rotary import LinearScaling, Llama3Scaling, RotaryScaling, YarnScaling, make_rotary
-from edgellm.model.spec import ModelSpec
+from edgellm.model.spec import Mixture, ModelSpec, Normalization
 
 CONFIG: Final = "config.json"
 MAX_CONFIG_BYTES: Final = 1 << 24
@@ -32,6 +32,7 @@ class Family:
         qk_layernorm: query and key heads are normalised.
         head_dim: the config must give head_dim, which is no quotient of others.
         kv_heads: the config must give num_key_value_heads.
+        mixture: layers are mixtures of experts, unless the config says that they are not.
         window: the key that switches sliding windows on; `sliding_window` itself where there is none.
     """
 
@@ -41,6 +42,7 @@ class Family:
     qk_layernorm: bool = False
     head_dim: bool = False
     kv_heads: bool = True
+    mixture: bool = False
     window: str = "use_sliding_window"
 
 
@@ -49,6 +51,7 @@ FAMILIES: Final = {
     "MistralForCausalLM": Family(window="sliding_window"),
     "Qwen2ForCausalLM": Family(qkv_bias=True),
     "Qwen3ForCausalLM": Family(attention_bias=True, qk_layernorm=True, head_dim=True),
+    "Qwen3MoeForCausalLM": Family(attention_bias=True, qk_layernorm=True, head_dim=True, mixture=True),
 }
 """`architectures` → what is particular to it."""
 
@@ -80,6 +83,20 @@ _READ: Final = frozenset(
         "tie_word_embeddings",
         "use_sliding_window",
         "vocab_size",
+    }
+)
+_MIXTURE_READ: Final = frozenset(
+    {
+        "decoder_sparse_step",
+        "mlp_only_layers",
+        "moe_intermediate_size",
+        "norm_topk_prob",
+        "num_experts",
+        "num_experts_per_tok",
+        "num_local_experts",
+        # Of the loss in training.
+        "output_router_logits",
+        "router_aux_loss_coef",
     }
 )
 _NO_ARITHMETIC: Final = frozenset(
@@ -246,7 +263,7 @@ def read_spec(config: ConfigFile) -> ModelSpec:
     """
     architecture = _architecture(config)
     family = FAMILIES[architecture]
-    config.require_known(_READ | _NO_ARITHMETIC)
+    config.require_known(_READ | _NO_ARITHMETIC | (_MIXTURE_READ if family.mixture else frozenset()))
     for key, possible in (("attention_bias", family.attention_bias), ("mlp_bias", family.mlp_bias)):
         # Qwen2's code has its biases without asking.
         redundant = key == "attention_bias" and family.qkv_bias
@@ -289,6 +306,8 @@ def read_spec(config: ConfigFile) -> ModelSpec:
         attn_bias=family.qkv_bias or config.boolean("attention_bias", False),
         mlp_bias=config.boolean("mlp_bias", False),
         tie_word_embeddings=config.boolean("tie_word_embeddings", False),
+        moe=_mixture(config, layers) if family.mixture else None,
+        moe_intermediate_size=config.integer("moe_intermediate_size") if family.mixture else 0,
     )
 
 
@@ -300,6 +319,30 @@ def _architecture(config: ConfigFile) -> str:
             raise CheckpointError(
                 f"{config.where} has architectures {found!r:.80}; edgellm reads {', '.join(FAMILIES)}"
             )
+
+
+def _mixture(config: ConfigFile, layers: int) -> Mixture:
+    """How experts are chosen, and in which layers there are any."""
+    keys = [key for key in ("num_experts", "num_local_experts") if config.values.get(key) is not None]
+    experts, top_k = config.integer(keys[0] if keys else "num_experts"), config.integer("num_experts_per_tok")
+    if any(config.integer(key) != experts for key in keys):
+        raise config.wrong(keys[1], config.values[keys[1]], f"num_experts, {experts}")
+    if top_k > experts:
+        raise CheckpointError(
+            f"{config.where}: num_experts_per_tok {top_k} is more than num_experts {experts}"
+        )
+    dense = config.values.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or any(layer not in range(layers) for layer in dense):
+        raise config.wrong("mlp_only_layers", dense, f"a list of layers below {layers}")
+    # As in transformers' Qwen3MoeDecoderLayer.
+    step = config.integer("decoder_sparse_step", 1)
+    normalized = config.boolean("norm_topk_prob", False)
+    return Mixture(
+        num_experts=experts,
+        top_k=top_k,
+        normalization_mode=Normalization.RENORMALIZE if normalized else Normalization.NONE,
+        dense_layers=tuple(layer for layer in range(layers) if layer in dense or (layer + 1) % step),
+    )
 
 
 def _rotary(config: ConfigFile, head: int, context: int) -> tuple[float, RotaryScaling | None]:

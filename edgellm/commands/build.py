@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from edgellm.commands.quantizing import QuantizedBuild, add_flags, show_report
+from edgellm.commands.quantizing import QuantizedBuild, add_flags
 
 if TYPE_CHECKING:
     from edgellm.checkpoint import Checkpoint
@@ -78,13 +78,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         OperatorError: the flags, the checkpoint or the place to write; see edgellm.errors.
     """
-    import msgspec
-
     from edgellm.checkpoint import open_checkpoint
     from edgellm.commands.progress import progress_bar
     from edgellm.engine_draft import remove_abandoned_drafts
-    from edgellm.enginedir import QUANTIZATION, TOKENIZER, new_engine, seal, write_json
-    from edgellm.text.tokenizer import Tokenizer
+    from edgellm.enginedir import new_engine, seal
 
     started = time.monotonic()
     refuse_model_name(args.checkpoint)
@@ -98,28 +95,26 @@ def run(args: argparse.Namespace) -> int:
     quantized = QuantizedBuild.from_flags(args, checkpoint)
     if quantized is not None:
         checkpoint = quantized.checkpoint
-    report = None
     for draft in remove_abandoned_drafts(args.output.resolve()):
         print(f"removed {draft}, left by a build that was killed", file=sys.stderr)
     with _sigterm_raises(), progress_bar() as progress, new_engine(args.output) as draft:
         _write_text(checkpoint, draft)
         if quantized is not None:
-            quantized.calibrate(Tokenizer.from_file(draft / TOKENIZER, bos_id=checkpoint.bos_id), progress)
+            quantized.calibrate(draft, progress)
         config = _engine_config(args, checkpoint, build)
-        _write_network(args, checkpoint, draft, build, progress)
+        hashed = _write_network(args, checkpoint, draft, build, progress)
         if quantized is not None:
-            report = quantized.report(progress)
-            write_json(draft / QUANTIZATION, msgspec.to_builtins(report))
+            quantized.write_report(draft, progress)
         progress("checksums", 1.0)
-        config = seal(draft, config)
+        config = seal(draft, config, hashed)
     size = sum(record.bytes for record in config.edgellm.files.values())
     print(
         f"{args.output}: {config.edgellm.model_name}, {size / 1e6:.1f} MB, "
         f"{build.slots}, steps of {build.max_num_tokens}, "
         f"{args.executor} {args.compute}, built in {time.monotonic() - started:.1f} s"
     )
-    if report is not None:
-        show_report(report)
+    if quantized is not None:
+        quantized.show_report()
     return 0
 
 
@@ -241,10 +236,11 @@ def _write_text(checkpoint: Checkpoint, draft: Path) -> None:
 
 def _write_network(
     args: argparse.Namespace, checkpoint: Checkpoint, draft: Path, build: BuildConfig, progress: Progress
-) -> None:
+) -> dict[str, str]:
+    """Write the network; gives the SHA-256 of files that were hashed meanwhile."""
     from edgellm.model.onnx import emit
 
-    emit(checkpoint, draft, build, compute=args.compute, kv_cache=args.kv_cache, progress=progress)
+    return emit(checkpoint, draft, build, compute=args.compute, kv_cache=args.kv_cache, progress=progress)
 
 
 @contextmanager

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from edgellm.executor.base import Progress
     from edgellm.model.numpy_graph import Tokens
     from edgellm.quantize.report import Matrix, QuantizationReport
-    from edgellm.text.tokenizer import Tokenizer
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -81,6 +80,7 @@ class QuantizedBuild:
             self._what += " without its last fifth, which is held out,"
         self._calibration: Tokens | None = None
         self._held_out: Tokens | None = None
+        self._report: QuantizationReport | None = None
 
     @classmethod
     def from_flags(cls, args: argparse.Namespace, checkpoint: Checkpoint) -> QuantizedBuild | None:
@@ -103,15 +103,21 @@ class QuantizedBuild:
                 raise UsageError(f"--{name} {value} goes with --quant int4 or --quant int8")
         return None
 
-    def calibrate(self, tokenizer: Tokenizer, progress: Progress) -> None:
+    def calibrate(self, draft: Path, progress: Progress) -> None:
         """Find what the text of --calibrate says, if there is one.
+
+        Args:
+            draft: has the tokenizer.
 
         Raises:
             UsageError: a text is too short.
         """
+        from edgellm.enginedir import TOKENIZER
         from edgellm.quantize import text
         from edgellm.quantize.calibrate import calibrate
+        from edgellm.text.tokenizer import Tokenizer
 
+        tokenizer = Tokenizer.from_file(draft / TOKENIZER, bos_id=self._unquantized.bos_id)
         spec, bos = self._unquantized.spec, self._unquantized.add_bos
         cut = partial(text.cut, tokenizer=tokenizer, longest=spec.max_context, bos=bos)
         if self._text is not None:
@@ -128,23 +134,32 @@ class QuantizedBuild:
         if self._calibration is not None:
             self.checkpoint.adjust(calibrate(self._unquantized, self._recipe, self._calibration, progress))
 
-    def report(self, progress: Progress) -> QuantizationReport:
-        """What it cost; the quantized weights were read before."""
+    def write_report(self, draft: Path, progress: Progress) -> None:
+        """Write quantization.json: what it cost. The quantized weights were read before."""
+        import msgspec
+
+        from edgellm.enginedir import QUANTIZATION, write_json
         from edgellm.quantize.divergence import measure_divergence
         from edgellm.quantize.report import make_report
 
         divergence = None
         if self._held_out is not None:
             divergence = measure_divergence(self._unquantized, self.checkpoint, self._held_out, progress)
-        return make_report(
+        self._report = make_report(
             self._recipe,
-            list(self.checkpoint.errors()),
+            self.checkpoint.errors(),
             calibration_tokens=0 if self._calibration is None else self._calibration.size,
             divergence=divergence,
         )
+        write_json(draft / QUANTIZATION, msgspec.to_builtins(self._report))
+
+    def show_report(self) -> None:
+        """Print what `write_report` wrote."""
+        assert self._report is not None
+        _show(self._report)
 
 
-def show_report(report: QuantizationReport) -> None:
+def _show(report: QuantizationReport) -> None:
     """Print a row for each layer, a column for each kind of matrix: errors in percent."""
     from edgellm.bench.report import Column, Report, show
 

@@ -14,12 +14,19 @@ from typing import Protocol, TypeVar
 from edgellm.checkpoint.base import Checkpoint
 from edgellm.errors import BuildError
 from edgellm.model.rotary import Rotary, make_rotary
-from edgellm.model.spec import ModelSpec
+from edgellm.model.spec import ModelSpec, Normalization
 from edgellm.model.weights import Dense, Weight
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
 """What `build_decoder` knows, by Hugging Face's class names. ModelSpec's numbers tell them apart:
-Qwen2 has biases on q, k and v, Qwen3 norms on q and k, Mistral may have a window."""
+Qwen2 has biases on q, k and v, Qwen3 norms on q and k, Qwen3Moe mixtures of experts besides; Mistral may have
+a window."""
 
 V = TypeVar("V")
 
@@ -40,6 +47,15 @@ class Attention:
     rotary: Rotary
     q_norm: Weight | None = None
     k_norm: Weight | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """One gated MLP of a mixture: gate and up [F, D], down [D, F]."""
+
+    gate: Weight
+    up: Weight
+    down: Weight
 
 
 class Graph(Protocol[V]):
@@ -67,6 +83,24 @@ class Graph(Protocol[V]):
 
     def swiglu(self, x: V, gate: Weight, up: Weight, biases: Sequence[Weight | None]) -> V:
         """silu(x · gateᵀ) · (x · upᵀ) → [T, F] (Shazeer 2020)."""
+        ...
+
+    def moe(
+        self,
+        x: V,
+        router: Weight,
+        experts: Sequence[Expert],
+        top_k: int,
+        *,
+        normalize: bool,
+        residual: V,
+    ) -> V:
+        """Σ_e p_e · down_e(silu(x · gate_eᵀ) · (x · up_eᵀ)) + residual, over each token's top_k experts
+        (Shazeer et al. 2017; transformers' Qwen3MoeSparseMoeBlock).
+
+        p = softmax(x · routerᵀ), in float32 over all experts, router [experts, D]; the top_k largest count,
+        of equal ones those of lower index, and with `normalize` they are divided by their sum.
+        """
         ...
 
     def rows(self, x: V) -> V:
@@ -130,6 +164,24 @@ def build_decoder(graph: Graph[V], checkpoint: Checkpoint) -> V:
         x = graph.linear(h, weight(o, hidden, query), bias(o, hidden), residual=x)
 
         h = graph.norm(x, weight(f"{here}.post_attention_layernorm", hidden), spec.norm_epsilon)
+        if spec.moe is not None and spec.is_mixture(layer):
+            inner = spec.moe_intermediate_size
+            x = graph.moe(
+                h,
+                weight(f"{ffn}.gate", spec.moe.num_experts, hidden),
+                [
+                    Expert(
+                        weight(f"{ffn}.experts.{e}.gate_proj", inner, hidden),
+                        weight(f"{ffn}.experts.{e}.up_proj", inner, hidden),
+                        weight(f"{ffn}.experts.{e}.down_proj", hidden, inner),
+                    )
+                    for e in range(spec.moe.num_experts)
+                ],
+                spec.moe.top_k,
+                normalize=spec.moe.normalization_mode == Normalization.RENORMALIZE,
+                residual=x,
+            )
+            continue
         gate, up, down = f"{ffn}.gate_proj", f"{ffn}.up_proj", f"{ffn}.down_proj"
         h = graph.swiglu(
             h, weight(gate, mlp, hidden), weight(up, mlp, hidden), [bias(gate, mlp), bias(up, mlp)]
@@ -159,6 +211,8 @@ def _require_supported(spec: ModelSpec) -> None:
             f"{spec.num_attention_heads} query heads cannot share "
             f"{spec.num_key_value_heads} key/value heads evenly"
         )
+    if spec.moe is not None and not 0 < spec.moe.top_k <= spec.moe.num_experts:
+        raise BuildError(f"a token cannot go through {spec.moe.top_k} of {spec.moe.num_experts} experts")
 
 
 def _require_agreement(checkpoint: Checkpoint, name: str, field: str, *, expected: bool) -> None:

@@ -13,18 +13,19 @@ from typing import Literal
 import msgspec
 
 from edgellm.checkpoint.base import Checkpoint
-from edgellm.model.decoder import Attention, build_decoder
+from edgellm.model.decoder import Attention, Expert, build_decoder
 from edgellm.model.weights import Dense, Weight
 
-Role = Literal["embedding", "linear", "head", "vector"]
+Role = Literal["embedding", "linear", "head", "vector", "expert"]
 
 
 class Matrices(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Matrices of one shape and storage, [rows, columns] each.
 
     Attributes:
-        role: what they are for; a `vector` is a norm's gain or a bias, [rows, 1]. A tied head is listed as a
-            head, too: executors keep a form of it that the embedding does not share.
+        role: what they are for; an `expert` is a matrix of one, of which a token uses some; a `vector` is a
+            norm's gain or a bias, [rows, 1]. A tied head is listed as a head, too: executors keep a form of
+            it that the embedding does not share.
         count: how many.
         bits: 4 or 8 in groups, 16 or 32 dense.
         group: elements of a row that share a scale; 0: dense.
@@ -88,6 +89,20 @@ class _Inventory:
     def swiglu(self, x: None, gate: Weight, up: Weight, biases: Sequence[Weight | None]) -> None:  # noqa: ARG002
         self._note("linear", gate, up)
         self._note("vector", *biases)
+
+    def moe(
+        self,
+        x: None,  # noqa: ARG002
+        router: Weight,
+        experts: Sequence[Expert],
+        top_k: int,  # noqa: ARG002
+        *,
+        normalize: bool,  # noqa: ARG002
+        residual: None,  # noqa: ARG002
+    ) -> None:
+        self._note("linear", router)
+        for expert in experts:
+            self._note("expert", expert.gate, expert.up, expert.down)
 
     def rows(self, x: None) -> None:
         pass

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm.executor.base import Progress
-from edgellm.model.decoder import Attention
+from edgellm.model.decoder import Attention, Expert
 from edgellm.model.spec import ModelSpec
 from edgellm.model.weights import Float, Weight
 
@@ -102,7 +102,30 @@ class NumpyGraph:
         return product(x, weight, bias) + residual
 
     def swiglu(self, x: Float, gate: Weight, up: Weight, biases: Sequence[Weight | None]) -> Float:
-        return _silu(product(x, gate, biases[0])) * product(x, up, biases[1])
+        y: Float = _silu(product(x, gate, biases[0])) * product(x, up, biases[1])
+        return y
+
+    def moe(
+        self,
+        x: Float,
+        router: Weight,
+        experts: Sequence[Expert],
+        top_k: int,
+        *,
+        normalize: bool,
+        residual: Float,
+    ) -> Float:
+        chosen, shares = _routed(product(x, router), top_k, normalize=normalize)
+        y: Float = residual.copy()
+        for number, expert in enumerate(experts):
+            tokens, places = np.nonzero(chosen == number)
+            if len(tokens):
+                y[tokens] += shares[tokens, places][:, None] * self.expert(x[tokens], expert)
+        return y
+
+    def expert(self, x: Float, expert: Expert) -> Float:
+        """What one expert gives for the tokens that chose it."""
+        return product(self.swiglu(x, expert.gate, expert.up, (None, None)), expert.down)
 
     def rows(self, x: Float) -> Float:
         return x
@@ -120,6 +143,17 @@ def product(x: Float, weight: Weight, bias: Weight | None = None) -> Float:
     if bias is not None:
         y += bias.dequantize()
     return y
+
+
+def _routed(scores: Float, top_k: int, *, normalize: bool) -> tuple[NDArray[np.int64], Float]:
+    """The experts that each token chose, most likely first, and their shares: [tokens, top_k] each."""
+    shares = np.exp(scores - scores.max(axis=1, keepdims=True))
+    shares /= shares.sum(axis=1, keepdims=True)
+    chosen = np.argsort(-shares, axis=1, kind="stable")[:, :top_k]
+    shares = np.take_along_axis(shares, chosen, axis=1)
+    if normalize:
+        shares /= shares.sum(axis=1, keepdims=True)
+    return chosen, shares
 
 
 def _normed(x: Float, gain: Float, epsilon: float) -> Float:

@@ -6,7 +6,7 @@
     outputs  logits f32[R, vocab] · present.{layer}.{key,value}, to be bound to the same memory as the past
 
 What is fused: q, k and v (norms part them again); gate and up; a residual sum with the norm that follows it.
-How a linear computes is `onnx_linear.py`.
+How a linear computes is `onnx_linear.py`, how a mixture of experts does `onnx_moe.py`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ import numpy as np
 from edgellm.checkpoint.base import Checkpoint
 from edgellm.enginedir import BuildConfig
 from edgellm.executor.base import Progress
-from edgellm.model.decoder import Attention, build_decoder, require_context
+from edgellm.model.decoder import Attention, Expert, build_decoder, require_context
 from edgellm.model.kv_cache import KV_DTYPES, KvCache
 from edgellm.model.onnx_file import CONTRIB, Dimension, OnnxFile, onnx_type
 from edgellm.model.onnx_linear import Compute, Linears, Value
+from edgellm.model.onnx_moe import Mixtures
 from edgellm.model.spec import ModelSpec
 from edgellm.model.weights import Weight, scaled
 
 MODEL_FILE: Final = "model.onnx"
+DATA_FILE: Final = f"{MODEL_FILE}.data"
 
 
 def emit(
@@ -39,8 +41,10 @@ def emit(
     compute: Compute,
     kv_cache: KvCache = "fp32",
     progress: Progress,
-) -> None:
-    """Write `model.onnx` and `model.onnx.data` into the directory, tensor by tensor.
+) -> dict[str, str]:
+    """Write `model.onnx` and `model.onnx.data` into the directory, a few rows at a time.
+
+    Gives the SHA-256, in hex, of the files that were hashed while they were written.
 
     With a `fp16` cache attention alone computes in float16; the rest of the network does not change.
 
@@ -61,10 +65,11 @@ def emit(
             progress=progress,
         )
         build_decoder(graph, checkpoint)
-        file.close()
+        digest = file.close()
     finally:
         file.abandon()
     progress("model", 1.0)
+    return {DATA_FILE: digest}
 
 
 class OnnxGraph:
@@ -84,6 +89,7 @@ class OnnxGraph:
         self._spec = spec
         self._max_seq_len = max_seq_len
         self._linears = Linears(file, compute)
+        self._mixtures = Mixtures(file, self._linears)
         self._kv_dtype = KV_DTYPES[kv_cache]
         self._progress = progress
         self._counters: dict[str, itertools.count[int]] = {}
@@ -223,6 +229,19 @@ class OnnxGraph:
         self._file.node("QuickGelu", [f"{y}.gate"], [f"{y}.silu"], domain=CONTRIB, alpha=1.0)
         self._file.node("Mul", [f"{y}.silu", f"{y}.up"], [y])
         return Value(y, x.rank, width)
+
+    def moe(
+        self,
+        x: Value,
+        router: Weight,
+        experts: Sequence[Expert],
+        top_k: int,
+        *,
+        normalize: bool,
+        residual: Value,
+    ) -> Value:
+        y = self._mixtures.mix(x, router, experts, top_k, self._name("moe"), normalize=normalize)
+        return Value(self._name("sum"), x.rank, y.width, (y.name, self._computed(residual)))
 
     def rows(self, x: Value) -> Value:
         y = self._name("rows")

@@ -16,6 +16,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from edgellm.running_digest import RunningDigest
+
 OPSET: Final = 21
 """Of the standard operators; ONNX Runtime 1.23.2 reads up to 23."""
 IR_VERSION: Final = 10
@@ -33,13 +35,16 @@ class Rows:
     """The place of a tensor in the data file, to be filled row by row.
 
     Attributes:
+        begin, end: its first byte and the one after its last.
+        written: the byte where the next row goes.
         all_zero: whether no number so far is anything else; such rows take no room on the disk.
     """
 
-    def __init__(self, fd: int, offset: int, dtype: Any) -> None:
-        self._fd = fd
-        self._offset = offset
+    def __init__(self, file: OnnxFile, begin: int, length: int, dtype: Any) -> None:
+        self._file = file
         self._dtype = np.dtype(dtype)
+        self.begin = self.written = begin
+        self.end = begin + length
         self.all_zero = True
 
     def append(self, rows: Array) -> None:
@@ -47,10 +52,10 @@ class Rows:
         assert rows.dtype == self._dtype
         if rows.any():
             self.all_zero = False
-            view, done = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data, 0
-            while done < len(view):
-                done += os.pwrite(self._fd, view[done:], self._offset + done)
-        self._offset += rows.nbytes
+            self._file.write(np.ascontiguousarray(rows), self.written)
+        self.written += rows.nbytes
+        assert self.written <= self.end
+        self._file.appended()
 
 
 class OnnxFile:
@@ -59,8 +64,10 @@ class OnnxFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._data_path = path.with_name(path.name + ".data")
-        self._data = self._data_path.open("wb", buffering=0)
+        self._data = self._data_path.open("w+b", buffering=0)
+        self._digest = RunningDigest(self._data.fileno())
         self._end = 0
+        self._unfinished: list[Rows] = []
         self._graph = onnx.GraphProto(name="edgellm")
         self._tensors: dict[str, onnx.TensorProto] = {}
 
@@ -79,19 +86,37 @@ class OnnxFile:
         """Add a tensor whose rows are still to come, all of them before `close`."""
         tensor = self._new_tensor(name, onnx_type(dtype), shape)
         offset = -(-self._end // ALIGNMENT) * ALIGNMENT
+        self._unfinished = [rows for rows in self._unfinished if rows.written < rows.end]
         length = math.prod(shape) * np.dtype(dtype).itemsize
         self._end = offset + length
+        self._data.truncate(self._end)  # what is not written, being zero, can be read for the digest
         tensor.data_location = onnx.TensorProto.EXTERNAL
         for key, value in (("location", self._data_path.name), ("offset", offset), ("length", length)):
             tensor.external_data.add(key=key, value=str(value))
-        return Rows(self._data.fileno(), offset, dtype)
+        self._unfinished.append(Rows(self, offset, length, dtype))
+        return self._unfinished[-1]
 
     def drop(self, name: str) -> None:
         """Take back the tensor that was added last; nothing but zeros may have been written to it."""
+        rows = self._unfinished.pop()
+        assert rows.all_zero
         assert self._graph.initializer[-1].name == name
-        offset = next(entry.value for entry in self._tensors.pop(name).external_data if entry.key == "offset")
-        self._end = int(offset)
-        del self._graph.initializer[-1]
+        del self._graph.initializer[-1], self._tensors[name]
+        self._end = rows.begin
+
+    def write(self, array: Array, offset: int) -> None:
+        """Put a contiguous array into the data file; for `Rows`."""
+        view, done = array.reshape(-1).view(np.uint8).data, 0
+        while done < len(view):
+            done += os.pwrite(self._data.fileno(), view[done:], offset + done)
+
+    def appended(self) -> None:
+        """Let what is final be hashed: all before the first tensor that lacks rows or may yet be dropped."""
+        for rows in self._unfinished:
+            if rows.all_zero or rows.written < rows.end:
+                self._digest.advance(rows.begin if rows.all_zero else rows.written)
+                return
+        self._digest.advance(self._end)
 
     def has(self, name: str) -> bool:
         """Whether a tensor of this name was added."""
@@ -129,9 +154,12 @@ class OnnxFile:
         self._graph.output.append(_value_info(name, dtype, shape))
         return name
 
-    def close(self) -> None:
-        """Write the graph, after all rows."""
-        self._data.truncate(self._end)  # zeros at the end were not written
+    def close(self) -> str:
+        """Write the graph, after all rows; gives the data file's SHA-256 in hex."""
+        assert all(rows.written == rows.end for rows in self._unfinished)
+        self._data.truncate(self._end)  # what was dropped last
+        self._digest.advance(self._end)
+        digest = self._digest.finish()
         self._data.close()
         model = onnx.helper.make_model(
             self._graph,
@@ -140,9 +168,11 @@ class OnnxFile:
             opset_imports=[onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(CONTRIB, 1)],
         )
         self._path.write_bytes(model.SerializeToString(deterministic=True))
+        return digest
 
     def abandon(self) -> None:
         """Close the data file; what was written stays for whoever removes the directory."""
+        self._digest.abandon()
         self._data.close()
 
     def _new_tensor(self, name: str, data_type: int, shape: Sequence[int]) -> onnx.TensorProto:

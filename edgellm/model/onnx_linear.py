@@ -114,6 +114,49 @@ class Linears:
             )
         return Value(name, x.rank, sum(weight.shape[0] for weight in weights))
 
+    def project_runs(self, x: Value, sizes: str, weights: Sequence[Sequence[Weight]], name: str) -> Value:
+        """Runs of rows of x [R, K], each times its own [weights]ᵀ, one below the other.
+
+        Args:
+            sizes: i64 [runs], rows of each; where there are none, its weights are not read.
+        """
+
+        def runs(whole: str) -> list[str]:
+            parts = [f"{whole}.run.{i}" for i in range(len(weights))]
+            self._file.node("Split", [whole, sizes], parts, axis=0)
+            return parts
+
+        width = sum(weight.shape[0] for weight in weights[0])
+        products = [f"{name}.{i}" for i in range(len(weights))]
+        layouts = {self._layout(weight) for parts in weights for weight in parts}
+        layout = layouts.pop()
+        if layouts or layout is None:
+            for run, parts, product in zip(runs(x.name), weights, products, strict=True):
+                self.project(Value(run, 2, x.width), parts, [None] * len(parts), product)
+            self._file.node("Concat", products, [name], axis=0)
+            return Value(name, 2, width)
+
+        _, group, order = layout
+        if order:
+            x = self._gather(x, order)
+        rests = []
+        for run, parts, product in zip(runs(x.name), weights, products, strict=True):
+            grouped = self._grouped([part for part in parts if isinstance(part, Grouped)], product)
+            self._multiply_grouped(Value(run, 2, x.width), parts, grouped, product)
+            rests.append(grouped.rest)
+        main = f"{name}.main" if any(rests) else name
+        self._file.node("Concat", products, [main], axis=0)
+        if any(rests):
+            # The sums of all rows at once; each expert's offsets are one small product more.
+            shape = (width, x.width // group)
+            none = self._file.constant("offsets.none.{}.{}".format(*shape), np.zeros(shape, np.float32))
+            offsets = [f"{product}.offsets" for product in products]
+            for run, rest, product in zip(runs(self._sums(x, group)), rests, offsets, strict=True):
+                self._file.node("FusedMatMul", [run, rest or none], [product], domain=CONTRIB, transB=1)
+            self._file.node("Concat", offsets, [f"{name}.offsets"], axis=0)
+            self._file.node("Add", [main, f"{name}.offsets"], [name])
+        return Value(name, 2, width)
+
     def _layout(self, weight: Weight) -> tuple[int, int, bytes] | None:
         """What the parts of one product have in common: bits, group, order of columns; None is dense."""
         if isinstance(weight, Dense) or self._compute == "fp32":
@@ -129,26 +172,33 @@ class Linears:
                 "FusedMatMul", [x.name, self._dense(weights, base)], [output], domain=CONTRIB, transB=1
             )
             return
-        bits, group, order = layout
+        _, group, order = layout
         if order:
             x = self._gather(x, order)
         grouped = self._grouped([weight for weight in weights if isinstance(weight, Grouped)], base)
         main = output if grouped.rest is None else f"{output}.main"
-        self._file.node(
-            "MatMulNBits",
-            [x.name, grouped.weight, grouped.scale],
-            [main],
-            domain=CONTRIB,
-            K=x.width,
-            N=sum(weight.shape[0] for weight in weights),
-            bits=bits,
-            block_size=group,
-            accuracy_level=ACCURACY_INT8,
-        )
+        self._multiply_grouped(x, weights, grouped, main)
         if grouped.rest is not None:
             inputs = [self._sums(x, group), grouped.rest]
             self._file.node("FusedMatMul", inputs, [f"{output}.offsets"], domain=CONTRIB, transB=1)
             self._file.node("Add", [main, f"{output}.offsets"], [output])
+
+    def _multiply_grouped(
+        self, x: Value, weights: Sequence[Weight], grouped: _GroupedNames, output: str
+    ) -> None:
+        """output = x · [weights]ᵀ, but for what is left of the offsets."""
+        assert isinstance(weights[0], Grouped)
+        self._file.node(
+            "MatMulNBits",
+            [x.name, grouped.weight, grouped.scale],
+            [output],
+            domain=CONTRIB,
+            K=x.width,
+            N=sum(weight.shape[0] for weight in weights),
+            bits=weights[0].bits,
+            block_size=weights[0].group,
+            accuracy_level=ACCURACY_INT8,
+        )
 
     def _gather(self, x: Value, order: bytes) -> Value:
         """The columns of x in another order (int32), once for all that read them so."""

@@ -2,9 +2,36 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
+
 import msgspec
 
 from edgellm.model.rotary import RotaryScaling
+
+
+class Normalization(IntEnum):
+    """TensorRT-LLM's `MoeConfig.ExpertScaleNormalizationMode`, as far as edgellm has it."""
+
+    NONE = 0
+    """The chosen experts' probabilities are their weights; they sum to less than 1."""
+    RENORMALIZE = 1
+    """They are divided by their sum."""
+
+
+class Mixture(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a mixture of experts is routed. Names are TensorRT-LLM's `pretrained_config.moe`.
+
+    Attributes:
+        num_experts: MLPs in a layer.
+        top_k: of them that a token goes through.
+        normalization_mode: how the weights of these come from the router's probabilities.
+        dense_layers: layers that have one MLP of `intermediate_size` instead, ascending.
+    """
+
+    num_experts: int
+    top_k: int
+    normalization_mode: Normalization = Normalization.RENORMALIZE
+    dense_layers: tuple[int, ...] = ()
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -19,6 +46,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         num_key_value_heads: key/value heads; divides num_attention_heads.
         head_size: width of a head; need not be hidden_size / heads.
         intermediate_size: width inside the gated MLP.
+        moe: how tokens are routed where layers are mixtures of experts, or None.
+        moe_intermediate_size: width inside an expert; 0 where there are none.
         norm_epsilon: added to the mean square in every RMSNorm.
         max_position_embeddings: context the model was trained for.
         rotary_base: theta of the rotary embedding.
@@ -49,6 +78,12 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     attn_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
+    moe: Mixture | None = None
+    moe_intermediate_size: int = 0
+
+    def is_mixture(self, layer: int) -> bool:
+        """Whether this layer's MLP is a mixture of experts."""
+        return self.moe is not None and layer not in self.moe.dense_layers
 
     @property
     def max_context(self) -> int:

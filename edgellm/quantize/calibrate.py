@@ -24,8 +24,8 @@ import numpy as np
 
 from edgellm.checkpoint.base import Checkpoint
 from edgellm.executor.base import Progress
-from edgellm.model.decoder import Attention, build_decoder
-from edgellm.model.numpy_graph import NumpyGraph, Tokens
+from edgellm.model.decoder import Attention, Expert, build_decoder
+from edgellm.model.numpy_graph import NumpyGraph, Tokens, product
 from edgellm.model.spec import ModelSpec
 from edgellm.model.weights import Float, Grouped, Weight
 from edgellm.quantize.checkpoint import Adjustments
@@ -38,6 +38,8 @@ WIDEST: Final = 64.0
 """s lies between 1 / WIDEST and WIDEST, so that no float16 activation can overflow or vanish by it."""
 SAMPLE_ROWS: Final = 256
 SAMPLE_TOKENS: Final = 512
+FEWEST_TOKENS: Final = 32
+"""An expert that fewer tokens went through keeps its scales: so few say nothing about it."""
 _SPAN: Final = 16
 """Rows of a sample that are neighbours."""
 
@@ -98,26 +100,45 @@ class _Calibration(NumpyGraph):
         self._source = _Source(y, up.name)
         return y
 
+    def moe(
+        self,
+        x: Float,
+        router: Weight,
+        experts: Sequence[Expert],
+        top_k: int,
+        *,
+        normalize: bool,
+        residual: Float,
+    ) -> Float:
+        gates, ups = [expert.gate for expert in experts], [expert.up for expert in experts]
+        self._look(x, [*gates, *ups], [router])
+        return super().moe(x, router, experts, top_k, normalize=normalize, residual=residual)
+
+    def expert(self, x: Float, expert: Expert) -> Float:
+        h = super().swiglu(x, expert.gate, expert.up, (None, None))
+        if len(h) >= FEWEST_TOKENS:
+            self._source = _Source(h, expert.up.name)
+            self._look(h, [expert.down])
+        return product(h, expert.down)
+
     def logits(self, x: Float, weight: Weight) -> Float:
         if weight.name == "lm_head":  # a tied one is an embedding, too, to which no activation comes
             self.found.importance[weight.name] = _mean_square(x)
         return super().logits(x, weight)
 
-    def _look(self, x: Float, weights: Sequence[Weight]) -> None:
+    def _look(self, x: Float, weights: Sequence[Weight], unquantized: Sequence[Weight] = ()) -> None:
         """Find the scales of columns that weights with one input share, and how much each column matters."""
         source, self._source = self._source, None
         assert source is not None
         assert source.y is x
         square, found = _mean_square(x), self.found
         factors = self._best_factors(x, square, weights, source)
-        for weight in weights:
-            found.importance[weight.name] = square
-            if factors is not None:
-                columns = source.widened(factors)
-                found.importance[weight.name] = square / columns**2
-                found.columns[weight.name] = columns
         if factors is not None:
+            columns = source.widened(factors)
+            square = square / columns**2
+            found.columns.update((weight.name, columns) for weight in (*weights, *unquantized))
             found.rows[source.name] = found.rows[f"{source.name}.bias"] = factors
+        found.importance.update((weight.name, square) for weight in weights)
 
     def _best_factors(
         self, x: Float, square: Float, weights: Sequence[Weight], source: _Source
@@ -186,7 +207,8 @@ def _mean_square(x: Float) -> Float:
 
 def _sample_rows(weights: Sequence[Weight]) -> Float:
     """About SAMPLE_ROWS rows of the weights together, in spans all over them."""
-    share = -(-SAMPLE_ROWS // len(weights))
+    weights = weights[:: -(-len(weights) * _SPAN // SAMPLE_ROWS)]
+    share = SAMPLE_ROWS // len(weights)
     parts = []
     for weight in weights:
         rows = weight.shape[0]

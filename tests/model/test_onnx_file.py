@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from edgellm.model.onnx_file import ALIGNMENT, INLINE_BYTES, OnnxFile
 
@@ -101,3 +104,27 @@ def test_a_tensor_of_zeros_is_dropped_and_its_place_is_taken(tmp_path: Path) -> 
     (tensor,) = onnx.load(tmp_path / "m.onnx").graph.initializer
     np.testing.assert_array_equal(onnx.numpy_helper.to_array(tensor), kept)
     assert (tmp_path / "m.onnx.data").stat().st_size == kept.nbytes
+
+
+@given(
+    tensors=st.lists(
+        st.tuples(st.integers(1, 3), st.integers(1, 5), st.booleans(), st.booleans()), min_size=1, max_size=6
+    )
+)
+def test_the_digest_is_that_of_the_file(
+    tensors: list[tuple[int, int, bool, bool]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Whatever is filled side by side, block by block, of zeros or not, and dropped or not."""
+    path = tmp_path_factory.mktemp("digest") / "m.onnx"
+    chance = np.random.default_rng(len(tensors))
+    file = OnnxFile(path)
+    for number, (beside, blocks, zeros, dropped) in enumerate(tensors):
+        places = [file.rows(f"t{number}.{i}", np.uint8, (blocks, 5000)) for i in range(beside)]
+        for _ in range(blocks):
+            for place in places:
+                block = chance.integers(0, 256, (1, 5000), np.uint8)
+                place.append(np.zeros_like(block) if zeros and place is places[-1] else block)
+        if zeros and dropped:
+            file.drop(f"t{number}.{beside - 1}")
+    assert file.close() == hashlib.sha256(path.with_name("m.onnx.data").read_bytes()).hexdigest()
+    file.abandon()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from model_directories import write_directory
@@ -14,13 +16,16 @@ from edgellm.model.weights import Dense, Weight
 from edgellm.quantize.calibrate import WIDEST, calibrate
 from edgellm.quantize.checkpoint import Adjustments, QuantizedCheckpoint
 from edgellm.quantize.divergence import measure_divergence
-from edgellm.quantize.recipe import Recipe
+from edgellm.quantize.recipe import Recipe, matrices_of
 from edgellm.quantize.wrapped import WrappedCheckpoint
 
 SHAPES = {
     "llama, 4/2 heads": TinyLlama(128, 4, 2, 32, 192, tied=True, rotary_base=1e4),
     "qwen2, 6/2 heads": TinyLlama(192, 6, 2, 32, 128, tied=False, rotary_base=1e6, family="Qwen2"),
     "qwen3, wide heads": TinyLlama(128, 4, 2, 64, 192, tied=False, rotary_base=1e6, family="Qwen3"),
+    "qwen3moe, 2 of 6 experts": TinyLlama(
+        128, 4, 2, 64, 64, tied=False, rotary_base=1e6, family="Qwen3Moe", experts=6, top_k=2
+    ),
 }
 RECIPE = Recipe("int4", "int8", 64)
 TOKENS = np.random.RandomState(5).randint(0, 265, (4, 64)).astype(np.int32)
@@ -74,6 +79,7 @@ def test_the_float_network_does_not_change(checkpoint: Checkpoint, found: Adjust
 
 def test_what_divides_rows_multiplies_the_next_columns(checkpoint: Checkpoint, found: Adjustments) -> None:
     spec = checkpoint.spec
+    mlps = ["mlp"] if spec.moe is None else [f"mlp.experts.{e}" for e in range(spec.moe.num_experts)]
     for factors in (*found.columns.values(), *found.rows.values()):
         assert (factors >= 1 / WIDEST).all()
         assert (factors <= WIDEST).all()
@@ -81,8 +87,11 @@ def test_what_divides_rows_multiplies_the_next_columns(checkpoint: Checkpoint, f
         here = f"layers.{layer}"
         for source, readers in (
             ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-            ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-            ("mlp.up_proj", ("mlp.down_proj",)),
+            (
+                "post_attention_layernorm",
+                tuple(f"{mlp}.{part}_proj" for mlp in mlps for part in ("gate", "up")),
+            ),
+            *((f"{mlp}.up_proj", (f"{mlp}.down_proj",)) for mlp in mlps),
         ):
             rows = found.rows.get(f"{here}.{source}")
             for reader in readers:
@@ -102,6 +111,15 @@ def test_calibrated_int4_is_closer_on_other_text(checkpoint: Checkpoint, found: 
 
 
 def test_every_quantized_linear_knows_what_matters(checkpoint: Checkpoint, found: Adjustments) -> None:
-    linears = 7 * checkpoint.spec.num_hidden_layers + checkpoint.has("lm_head")
-    assert len(found.importance) == linears
+    expected = {name for name in matrices_of(checkpoint, RECIPE) if RECIPE.bits(name) is not None}
+    expected.remove("embed_tokens")
+    assert set(found.importance) == expected
     assert all((importance >= 0).all() for importance in found.importance.values())
+
+
+def test_an_expert_that_few_tokens_chose_keeps_its_scales(tmp_path: Path) -> None:
+    tiny = SHAPES["qwen3moe, 2 of 6 experts"]
+    checkpoint = open_checkpoint(write_directory(tmp_path / "tiny", tiny))
+    found = calibrate(checkpoint, RECIPE, TOKENS[:1, :20])
+    assert not any(name.endswith("down_proj") for name in (*found.columns, *found.importance))
+    assert any(name.endswith("experts.0.up_proj") for name in found.importance)

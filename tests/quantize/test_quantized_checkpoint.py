@@ -21,6 +21,7 @@ from edgellm.quantize.recipe import Recipe
 LLAMA = TinyLlama(128, 4, 2, 32, 192, tied=True, rotary_base=1e4)
 QWEN2 = TinyLlama(128, 4, 2, 32, 192, tied=False, rotary_base=1e6, family="Qwen2")
 QWEN3 = TinyLlama(128, 4, 2, 64, 192, tied=False, rotary_base=1e6, family="Qwen3")
+MOE = TinyLlama(64, 4, 2, 32, 64, tied=True, rotary_base=1e6, family="Qwen3Moe", experts=5, top_k=2)
 
 
 def _open(path: Path, tiny: TinyLlama = LLAMA) -> Checkpoint:
@@ -72,7 +73,7 @@ def test_a_router_stays_as_it_is_and_experts_do_not() -> None:
     assert recipe.bits("layers.3.mlp.experts.17.gate_proj") == 4
 
 
-@pytest.mark.parametrize("tiny", [LLAMA, QWEN2, QWEN3], ids=lambda tiny: tiny.family)
+@pytest.mark.parametrize("tiny", [LLAMA, QWEN2, QWEN3, MOE], ids=lambda tiny: tiny.family)
 @pytest.mark.parametrize("recipe", [Recipe("int4", "int8", 32), Recipe("int8", "int4", 64)])
 def test_the_engine_computes_the_quantized_weights(tmp_path: Path, tiny: TinyLlama, recipe: Recipe) -> None:
     """The executor's packed form against the dequantized weights as a model of their own."""
