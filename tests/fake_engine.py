@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,20 @@ VOCAB_SIZE = 257
 
 
 class ByteTokenizer:
-    """Token i < 256 is byte i; 256 ends an answer. Texts and tokens are easily compared."""
+    """Token i < 256 is byte i; 256 ends an answer, `<eos>`. Texts and tokens are easily compared."""
 
     vocab_size = VOCAB_SIZE
     longest_token: int | None = None
+    strips_space = False
 
-    def encode(self, text: str, *, bos: bool = False) -> NDArray[np.int32]:
-        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+    def quote(self, texts: Sequence[str]) -> tuple[list[str], str]:
+        if not any("<eos>" in text for text in texts):
+            return list(texts), ""
+        return [text.replace("<eos>", "<\ufdd0eos>") for text in texts], "\ufdd0"
+
+    def encode(self, text: str, *, bos: bool = False, mark: str = "") -> NDArray[np.int32]:
+        first, *parts = (list(part.replace(mark, "").encode()) for part in text.split("<eos>"))
+        return np.array([*first, *(token for part in parts for token in [EOS, *part])], np.int32)
 
     def token_bytes(self, token: int) -> bytes:
         return bytes([token]) if token < EOS else b""

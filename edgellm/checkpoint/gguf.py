@@ -228,6 +228,14 @@ class GgufFile:
         integers: list[int] = value.tolist()
         return integers
 
+    def reals(self, key: str) -> list[float]:
+        """A key's value as a list of numbers; the key must be there."""
+        value = self._get(key, None)
+        if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
+            self._wrong(key, value, "an array of floats")
+        reals: list[float] = value.tolist()
+        return reals
+
     def _get(self, key: str, default: Value | None) -> Value:
         value = self.values.get(key, default)
         if value is None:

@@ -19,6 +19,7 @@ from edgellm.model.quantization import Quantization
 from edgellm.model.spec import ModelSpec
 from edgellm.model.weights import Grouped, Weight
 from edgellm.text.bpe import CONTROL, BpeVocabulary
+from edgellm.text.sentencepiece import SentencePieceVocabulary
 
 END_OF_ANSWER: Final = frozenset(
     {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>"}
@@ -167,24 +168,40 @@ class GgufCheckpoint:
         return eos_ids
 
 
-def _vocabulary(file: GgufFile, spec: ModelSpec) -> BpeVocabulary:
+def _vocabulary(file: GgufFile, spec: ModelSpec) -> BpeVocabulary | SentencePieceVocabulary:
     model = file.string("tokenizer.ggml.model")
-    if model != "gpt2":
+    if model not in ("gpt2", "llama"):
         raise CheckpointError(
-            f"{file.path} has tokenizer.ggml.model {model}; edgellm reads gpt2 (byte-level BPE)"
+            f"{file.path} has tokenizer.ggml.model {model}; edgellm reads gpt2 (byte-level BPE) and llama "
+            "(SentencePiece)"
         )
     types = file.integers("tokenizer.ggml.token_type")
     if len(types) != spec.vocab_size:
         raise CheckpointError(
             f"{file.path}: tokenizer.ggml.token_type has {len(types)} entries for {spec.vocab_size} tokens"
         )
+    tokens = file.strings("tokenizer.ggml.tokens")
+    # Of the keys that may be absent, llama.cpp's defaults.
+    if model == "llama":
+        scores = file.reals("tokenizer.ggml.scores")
+        if len(scores) != spec.vocab_size:
+            raise CheckpointError(
+                f"{file.path}: tokenizer.ggml.scores has {len(scores)} entries for {spec.vocab_size} tokens"
+            )
+        return SentencePieceVocabulary(
+            source=file.path,
+            tokens=tokens,
+            scores=scores,
+            types=types,
+            prefix="every" if file.boolean("tokenizer.ggml.add_space_prefix", True) else "none",
+            add_bos=file.boolean("tokenizer.ggml.add_bos_token", True),
+        )
     pre = file.string("tokenizer.ggml.pre")
     return BpeVocabulary(
         source=file.path,
-        tokens=file.strings("tokenizer.ggml.tokens"),
+        tokens=tokens,
         types=types,
         merges=file.strings("tokenizer.ggml.merges"),
         pre=pre,
-        # llama.cpp's default where the key is absent.
         add_bos=file.boolean("tokenizer.ggml.add_bos_token", pre == "llama-bpe"),
     )

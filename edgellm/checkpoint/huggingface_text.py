@@ -8,17 +8,25 @@ from typing import Any, Final
 from edgellm.checkpoint.gguf_model import END_OF_ANSWER
 from edgellm.checkpoint.huggingface_config import MAX_CONFIG_BYTES, ConfigFile
 from edgellm.checkpoint.safetensors import parse_json, read_bytes, read_json
+from edgellm.checkpoint.sentencepiece_model import read_sentencepiece
 from edgellm.errors import CheckpointError
+from edgellm.text.spelling import Spelling
+from edgellm.text.tiktoken import CHATML, tiktoken_json
 
 TOKENIZER: Final = "tokenizer.json"
 TOKENIZER_CONFIG: Final = "tokenizer_config.json"
 CHAT_TEMPLATE: Final = "chat_template.jinja"
 GENERATION_CONFIG: Final = "generation_config.json"
+SENTENCEPIECE: Final = "tokenizer.model"
+ADDED_TOKENS: Final = "added_tokens.json"
+TIKTOKEN: Final = "qwen.tiktoken"
 MAX_TOKENIZER_BYTES: Final = 1 << 28
 
 
 class TextFiles:
     """tokenizer.json, tokenizer_config.json, generation_config.json and chat_template.jinja of a directory.
+
+    In place of tokenizer.json there may be SentencePiece's tokenizer.model, or qwen.tiktoken.
 
     Attributes:
         chat_template, bos_id, add_bos, eos_ids, bos_token, eos_token: see `Checkpoint`.
@@ -30,28 +38,31 @@ class TextFiles:
     def __init__(self, path: Path, config: ConfigFile, vocab_size: int) -> None:
         self._path = path
         self._vocab_size = vocab_size
-        self._raw = read_bytes(path / TOKENIZER, MAX_TOKENIZER_BYTES)
-        tokenizer = parse_json(self._raw, str(path / TOKENIZER))
         special = _optional(path / TOKENIZER_CONFIG)
-        self._byte_level = _is_byte_level(tokenizer)
+        generation = _optional(path / GENERATION_CONFIG)
+        self._source, self._raw = _read_tokenizer(path, special)
+        tokenizer = parse_json(self._raw, str(self._source))
+        self._spelling = Spelling.of(tokenizer.get("decoder"))
         self._added = self._added_tokens(tokenizer)
         self._check_vocabulary(tokenizer)
         self.chat_template = _chat_template(path, special)
+        if self.chat_template is None and self._source.name == TIKTOKEN:
+            self.chat_template = _qwen_template(generation)
         self.bos_token, self.eos_token = (self._special_token(special, role) for role in ("bos", "eos"))
-        self.eos_ids = self._eos_ids(config, _optional(path / GENERATION_CONFIG))
+        self.eos_ids = self._eos_ids(config, generation)
         self.bos_id = self._id_of(tokenizer, self.bos_token) if self.bos_token else None
         self.add_bos = self.bos_id is not None and self._adds_bos(tokenizer, special)
 
     def tokenizer_json(self) -> bytes:
-        """The file as it is.
+        """tokenizer.json as it is, or made of what is there instead.
 
         Raises:
             CheckpointError: it is of a kind that edgellm does not know.
         """
-        if not self._byte_level:
+        if self._spelling is None:
             raise CheckpointError(
-                f"{self._path / TOKENIZER} is not a byte-level BPE tokenizer (SentencePiece-style ones, as "
-                "Llama 2's, are not supported yet)"
+                f"{self._source} has a decoder that is neither ByteLevel nor SentencePiece's (Replace or "
+                "Metaspace, ByteFallback, Fuse, Strip)"
             )
         return self._raw
 
@@ -64,7 +75,7 @@ class TextFiles:
                     added[content] = number, more.get("special") is True
                 case _:
                     raise CheckpointError(
-                        f"{self._path / TOKENIZER}: added_tokens has {token!r:.80}, without id and content"
+                        f"{self._source}: added_tokens has {token!r:.80}, without id and content"
                     )
         return added
 
@@ -73,11 +84,10 @@ class TextFiles:
         ids = [*(number for number, _ in self._added.values()), *vocabulary.values()]
         largest = max((number for number in ids if isinstance(number, int)), default=-1)
         if largest < 0:
-            raise CheckpointError(f"{self._path / TOKENIZER} has no tokens")
+            raise CheckpointError(f"{self._source} has no tokens")
         if largest >= self._vocab_size:
             raise CheckpointError(
-                f"{self._path / TOKENIZER} has token {largest}, but config.json's vocab_size is "
-                f"{self._vocab_size}"
+                f"{self._source} has token {largest}, but config.json's vocab_size is {self._vocab_size}"
             )
 
     def _id_of(self, tokenizer: dict[str, Any], text: str) -> int:
@@ -86,7 +96,7 @@ class TextFiles:
         number = _vocabulary(tokenizer).get(text)
         if not isinstance(number, int):
             raise CheckpointError(
-                f"{self._path / TOKENIZER_CONFIG} names token {text!r:.80}, which {TOKENIZER} lacks"
+                f"{self._path / TOKENIZER_CONFIG} names token {text!r:.80}, which {self._source.name} lacks"
             )
         return number
 
@@ -126,6 +136,8 @@ class TextFiles:
         """Whether a text begins with BOS: as the config says, or else as tokenizer.json's template does."""
         if special.values.get("add_bos_token") is not None:
             return special.boolean("add_bos_token")
+        if self._source.name == SENTENCEPIECE:
+            return True  # LlamaTokenizer's default
         processor = tokenizer.get("post_processor")
         steps = [processor, *((processor or {}).get("processors") or ())] if processor else []
         first = [(step.get("single") or [None])[0] for step in steps if isinstance(step, dict)]
@@ -142,14 +154,45 @@ def _vocabulary(tokenizer: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _is_byte_level(tokenizer: dict[str, Any]) -> bool:
-    """Whether tokens spell bytes in GPT-2's alphabet."""
-    match tokenizer:
-        case {"model": {"type": "BPE"}, "decoder": {"type": "ByteLevel"}}:
-            return True
-        case {"model": {"type": "BPE"}, "decoder": {"type": "Sequence", "decoders": list(steps)}}:
-            return any(isinstance(step, dict) and step.get("type") == "ByteLevel" for step in steps)
-    return False
+def _read_tokenizer(path: Path, special: ConfigFile) -> tuple[Path, bytes]:
+    """The file that the vocabulary is in, and the vocabulary as tokenizer.json."""
+    if not (path / TOKENIZER).exists():
+        if (path / SENTENCEPIECE).is_file():
+            return path / SENTENCEPIECE, _sentencepiece_json(path, special)
+        if (path / TIKTOKEN).is_file():
+            raw = read_bytes(path / TIKTOKEN, MAX_TOKENIZER_BYTES)
+            return path / TIKTOKEN, tiktoken_json(raw, path / TIKTOKEN)
+    return path / TOKENIZER, read_bytes(path / TOKENIZER, MAX_TOKENIZER_BYTES)
+
+
+def _sentencepiece_json(path: Path, special: ConfigFile) -> bytes:
+    """tokenizer.model, with the tokens that transformers keeps in files beside it.
+
+    Where `legacy` is not given, transformers' LlamaTokenizer is of the legacy kind.
+    """
+    vocabulary = read_sentencepiece(
+        path / SENTENCEPIECE,
+        legacy=special.values.get("legacy") is not False,
+        add_bos=True,
+    )
+    extra = {number: (text, False) for text, number in _optional(path / ADDED_TOKENS).values.items()}
+    for number, token in (special.values.get("added_tokens_decoder") or {}).items():
+        match token:
+            case {"lstrip": True} | {"rstrip": True}:
+                raise CheckpointError(
+                    f"{special.where}: added_tokens_decoder has token {number} with lstrip or rstrip, which "
+                    f"edgellm does not do beside {SENTENCEPIECE}"
+                )
+            case {"content": str(text), **more} if number.isdecimal():
+                extra[int(number)] = text, more.get("special") is True
+            case _:
+                raise special.wrong("added_tokens_decoder", token, "a token by its number")
+    return vocabulary.extended(extra).tokenizer_json()
+
+
+def _qwen_template(generation: ConfigFile) -> str | None:
+    """What Qwen's first generation has in its code; its base models say `raw`."""
+    return None if generation.values.get("chat_format") == "raw" else CHATML
 
 
 def _chat_template(path: Path, special: ConfigFile) -> str | None:

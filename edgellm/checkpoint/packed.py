@@ -189,8 +189,9 @@ def order_of_groups(model: SafetensorsModel, name: str, group: int) -> NDArray[n
     if (of_column == np.arange(columns) // group).all():
         return None
     groups = columns // group
-    if of_column.min() < 0 or of_column.max() >= groups:
-        raise CheckpointError(f"{model.where(name)} has group {of_column.max()}, but there are {groups}")
+    beyond = of_column[(of_column < 0) | (of_column >= groups)]
+    if len(beyond):
+        raise CheckpointError(f"{model.where(name)} has group {beyond[0]}, but there are {groups}")
     sizes = np.bincount(of_column, minlength=groups)
     if (sizes != group).any():
         uneven = int(np.flatnonzero(sizes != group)[0])

@@ -48,14 +48,14 @@ def tokenize(model: ServedModel, request: Tokenize) -> NDArray[np.int32]:
         TooLong: it could not fit in a slot.
     """
     if request.messages is not None:
-        return _encode(model, _render(model, request.messages), "messages")
+        return _encode_chat(model, request.messages)
     assert request.text is not None
     return _encode(model, request.text, "text")
 
 
 def _prompt(model: ServedModel, request: Chat | Generate) -> NDArray[np.int32]:
     if isinstance(request, Chat):
-        return _encode(model, _render(model, request.messages), "messages")
+        return _encode_chat(model, request.messages)
     if isinstance(request.prompt, str):
         return _encode(model, request.prompt, "prompt", bos=True)
     prompt = np.asarray(request.prompt, dtype=np.int32)
@@ -68,22 +68,30 @@ def _prompt(model: ServedModel, request: Chat | Generate) -> NDArray[np.int32]:
     return prompt
 
 
-def _encode(model: ServedModel, text: str, field: str, *, bos: bool = False) -> NDArray[np.int32]:
+def _encode(
+    model: ServedModel, text: str, field: str, *, bos: bool = False, mark: str = ""
+) -> NDArray[np.int32]:
     """Tokenize what could fit a slot: a megabyte of text would take the I/O thread 0.4 s and 100 MB."""
     longest = model.tokenizer.longest_token
-    if longest is not None and (size := len(text.encode(errors="replace"))) > longest * model.max_seq_len:
-        raise TooLong(
-            f"the text has {size} bytes, and more than {longest * model.max_seq_len} cannot fit in a slot of"
-            f" {model.max_seq_len} tokens",
-            field=field,
-        )
-    return model.tokenizer.encode(text, bos=bos)
+    if longest is not None:
+        size = len((text.replace(mark, "") if mark else text).encode(errors="replace"))
+        if size > longest * model.max_seq_len:
+            raise TooLong(
+                f"the text has {size} bytes, and more than {longest * model.max_seq_len} cannot fit in a slot"
+                f" of {model.max_seq_len} tokens",
+                field=field,
+            )
+    return model.tokenizer.encode(text, bos=bos, mark=mark)
 
 
-def _render(model: ServedModel, messages: list[Message]) -> str:
+def _encode_chat(model: ServedModel, messages: list[Message]) -> NDArray[np.int32]:
+    """A conversation's tokens. Special tokens are the template's: within messages they are quoted."""
     if model.template is None:
         raise BadRequest("this engine has no chat template: use op generate", field="op")
-    return model.template.render([{"role": m.role, "content": m.content} for m in messages])
+    contents, mark = model.tokenizer.quote([message.content for message in messages])
+    turns = zip(messages, contents, strict=True)
+    text = model.template.render([{"role": message.role, "content": content} for message, content in turns])
+    return _encode(model, text, "messages", mark=mark)
 
 
 def _max_tokens(model: ServedModel, request: Generation, prompt: int, field: str, default: int) -> int:

@@ -218,6 +218,8 @@ class Exchange:
             min_tokens=request.min_tokens,
             arrival=arrival,
             token_bytes=model.tokenizer.token_bytes,
+            # What `generate` gives continues the prompt.
+            strip_space=isinstance(request, Chat) and model.tokenizer.strips_space,
         )
         self._admitted.append(
             engine_side.Request(

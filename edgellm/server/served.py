@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -118,8 +118,19 @@ class Tokenizer(Protocol):
         """Bytes of text that one token can stand for; None if there is no bound."""
         ...
 
-    def encode(self, text: str, *, bos: bool = False) -> NDArray[np.int32]:
-        """int32 [n]; special tokens written in the text are recognised; `bos` as the model wants it."""
+    @property
+    def strips_space(self) -> bool:
+        """Whether an answer's text of its own begins without the space of its first token."""
+        ...
+
+    def encode(self, text: str, *, bos: bool = False, mark: str = "") -> NDArray[np.int32]:
+        """int32 [n]; special tokens written in the text are recognised, but for what `quote` marked; `bos` as
+        the model wants it.
+        """
+        ...
+
+    def quote(self, texts: Sequence[str]) -> tuple[list[str], str]:
+        """Texts whose special tokens are not recognised by `encode` with the mark. Raises BadRequest."""
         ...
 
     def token_bytes(self, token: int) -> bytes:

@@ -42,6 +42,7 @@ class Stream:
         delimited: whether answers need an empty frame in front.
         min_tokens: stop strings are not looked for in the tokens before.
         token_bytes: the tokenizer's.
+        strip_space: the answer is a text of its own, and the tokenizer puts a space in front of texts.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Stream:
         min_tokens: int,
         arrival: float,
         token_bytes: Callable[[int], bytes],
+        strip_space: bool = False,
     ) -> None:
         self.id = id
         self.key = key
@@ -68,7 +70,7 @@ class Stream:
         self._prompt_tokens = prompt_tokens
         self._min_tokens = min_tokens
         self._token_bytes = token_bytes
-        self._detokenizer = Detokenizer()
+        self._detokenizer = Detokenizer(strip_space=strip_space)
         self._stops = StopStrings(stop) if stop else None
         self._text: list[str] = []
         self._tokens: list[int] = []

@@ -6,6 +6,7 @@ patterns are those of the models' own tokenizer.json and of llama.cpp (llama-voc
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -34,7 +35,7 @@ def _byte_level(*, use_regex: bool) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class _PreTokenizer:
+class PreTokenizer:
     """What `tokenizer.ggml.pre` stands for.
 
     Attributes:
@@ -57,12 +58,62 @@ def _gpt4(digits: str) -> list[dict[str, Any]]:
     return [_split(pattern), _byte_level(use_regex=False)]
 
 
-PRE_TOKENIZERS: Final[dict[str, _PreTokenizer]] = {
-    "smollm": _PreTokenizer([{"type": "Digits", "individual_digits": True}, _byte_level(use_regex=True)]),
-    "llama-bpe": _PreTokenizer(_gpt4(r"\p{N}{1,3}"), ignore_merges=True),
-    "qwen2": _PreTokenizer(_gpt4(r"\p{N}"), normalizer={"type": "NFC"}),
+PRE_TOKENIZERS: Final[dict[str, PreTokenizer]] = {
+    "smollm": PreTokenizer([{"type": "Digits", "individual_digits": True}, _byte_level(use_regex=True)]),
+    "llama-bpe": PreTokenizer(_gpt4(r"\p{N}{1,3}"), ignore_merges=True),
+    "qwen2": PreTokenizer(_gpt4(r"\p{N}"), normalizer={"type": "NFC"}),
 }
 """`tokenizer.ggml.pre` → what it means."""
+
+
+def added_token(index: int, content: str, *, special: bool) -> dict[str, Any]:
+    """An entry of tokenizer.json's `added_tokens`: recognised in a text as it is written."""
+    return {
+        "id": index,
+        "content": content,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": special,
+    }
+
+
+def byte_level_json(
+    vocabulary: Mapping[str, int], merges: Sequence[str], added: list[dict[str, Any]], pre: PreTokenizer
+) -> bytes:
+    """A byte-level BPE tokenizer as tokenizer.json, UTF-8.
+
+    Args:
+        vocabulary: token in GPT-2's alphabet → id.
+        merges: "left right", most urgent first.
+        added: entries of `added_tokens`.
+        pre: how a text is cut.
+    """
+    return msgspec.json.encode(
+        {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": added,
+            "normalizer": pre.normalizer,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre.steps},
+            "post_processor": None,
+            "decoder": _byte_level(use_regex=True),
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+                "fuse_unk": False,
+                "byte_fallback": False,
+                "ignore_merges": pre.ignore_merges,
+                "vocab": vocabulary,
+                "merges": merges,
+            },
+        }
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,42 +152,11 @@ class BpeVocabulary:
         vocabulary = {token: index for index, token in enumerate(self.tokens)}
         self._check(vocabulary)
         added = [
-            {
-                "id": index,
-                "content": self.tokens[index],
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": kind != USER_DEFINED,
-            }
+            added_token(index, self.tokens[index], special=kind != USER_DEFINED)
             for index, kind in enumerate(self.types)
             if kind in (CONTROL, USER_DEFINED, UNKNOWN)
         ]
-        return msgspec.json.encode(
-            {
-                "version": "1.0",
-                "truncation": None,
-                "padding": None,
-                "added_tokens": added,
-                "normalizer": pre.normalizer,
-                "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre.steps},
-                "post_processor": None,
-                "decoder": _byte_level(use_regex=True),
-                "model": {
-                    "type": "BPE",
-                    "dropout": None,
-                    "unk_token": None,
-                    "continuing_subword_prefix": None,
-                    "end_of_word_suffix": None,
-                    "fuse_unk": False,
-                    "byte_fallback": False,
-                    "ignore_merges": pre.ignore_merges,
-                    "vocab": vocabulary,
-                    "merges": self.merges,
-                },
-            }
-        )
+        return byte_level_json(vocabulary, self.merges, added, pre)
 
     def _check(self, vocabulary: dict[str, int]) -> None:
         if len(vocabulary) != len(self.tokens):

@@ -266,6 +266,9 @@ def test_a_value_that_is_not_finite_is_named_when_it_is_read(value: float, tmp_p
     checkpoint = open_checkpoint(write_directory(tmp_path, TIED, tensors=tensors))
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight .* not finite, at \[3, 5\]"):
         checkpoint.tensor(name).dequantize()
+    with pytest.raises(CheckpointError, match=r"not finite, at \[3, 5\]"):
+        checkpoint.tensor(name).dequantize(2, 6)
+    checkpoint.tensor(name).dequantize(4)
 
 
 def test_a_sum_that_overflows_is_no_damage(tmp_path: Path) -> None:
@@ -275,9 +278,9 @@ def test_a_sum_that_overflows_is_no_damage(tmp_path: Path) -> None:
     assert (checkpoint.tensor("norm").dequantize() == large).all()
 
 
-SENTENCEPIECE = {
-    "model": {"type": "BPE", "vocab": {"▁a": 0}, "merges": []},
-    "decoder": {"type": "Sequence", "decoders": [{"type": "Replace"}, {"type": "ByteFallback"}]},
+WORDPIECE = {
+    "model": {"type": "WordPiece", "vocab": {"a": 0}},
+    "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
 }
 
 
@@ -311,9 +314,9 @@ def test_text_files_that_are_refused(files: dict[str, Any], named: str, tmp_path
 
 
 def test_a_tokenizer_of_another_kind_is_refused_when_it_is_wanted(tmp_path: Path) -> None:
-    files = {"tokenizer.json": SENTENCEPIECE, "tokenizer_config.json": None}
+    files = {"tokenizer.json": WORDPIECE, "tokenizer_config.json": None}
     checkpoint = open_checkpoint(write_directory(tmp_path, TIED, files=files))
-    with pytest.raises(CheckpointError, match="not a byte-level BPE tokenizer"):
+    with pytest.raises(CheckpointError, match="decoder that is neither ByteLevel nor SentencePiece"):
         checkpoint.tokenizer_json()
 
 

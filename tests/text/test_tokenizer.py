@@ -36,8 +36,9 @@ def _join(tokenizer: Tokenizer, text: str) -> bytes:
 @pytest.mark.model
 @pytest.mark.parametrize("pre", sorted(GOLDEN["ids"]))
 def test_ids_are_those_of_llama_cpp(smollm2_gguf: Path, pre: str) -> None:
-    vocabulary = dataclasses.replace(GgufCheckpoint(smollm2_gguf).vocabulary, pre=pre)
-    tokenizer = _load(vocabulary)
+    vocabulary = GgufCheckpoint(smollm2_gguf).vocabulary
+    assert isinstance(vocabulary, BpeVocabulary)
+    tokenizer = _load(dataclasses.replace(vocabulary, pre=pre))
     compared = 0
     for text, ids in zip(GOLDEN["texts"], GOLDEN["ids"][pre], strict=True):
         if PRE_TOKENIZERS[pre].normalizer and unicodedata.normalize("NFC", text) != text:
@@ -137,5 +138,27 @@ def test_text_has_at_least_as_many_tokens_as_its_length_demands(text: str) -> No
     assert len(text.encode()) <= tokenizer.longest_token * len(tokenizer.encode(text))
 
 
-def test_a_normalizer_leaves_no_such_bound() -> None:
-    assert _load(dataclasses.replace(TINY, pre="qwen2")).longest_token is None
+def test_a_normalizer_leaves_a_looser_bound_or_none() -> None:
+    longest = _load(TINY).longest_token
+    assert longest is not None
+    assert _load(dataclasses.replace(TINY, pre="qwen2")).longest_token == 4 * longest
+    inner = tokenizers.Tokenizer.from_str(TINY.tokenizer_json().decode())
+    inner.normalizer = tokenizers.normalizers.NFKC()
+    assert Tokenizer(inner).longest_token is None
+
+
+def test_nfc_shortens_no_character_more_than_fourfold() -> None:
+    """Each character against the longest text that NFC turns into it: parts may have longer synonyms."""
+    longest_synonym: dict[str, int] = {}
+    for code in range(0x30000):
+        character = chr(code)
+        if 0xD800 <= code < 0xE000:
+            continue
+        if len(part := unicodedata.normalize("NFD", character)) == 1:
+            size = max(longest_synonym.get(part, 0), len(character.encode()))
+            longest_synonym[part] = size
+    for code in range(0x30000):
+        if not 0xD800 <= code < 0xE000:
+            composed = unicodedata.normalize("NFC", chr(code))
+            parts = sum(longest_synonym[part] for part in unicodedata.normalize("NFD", composed))
+            assert parts <= 4 * len(composed.encode()), hex(code)
