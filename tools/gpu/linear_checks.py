@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
-from runner import Runner, poisoned
 from numpy.typing import NDArray
+from runner import Runner, poisoned
 
 from edgellm.cuda.launch import At, Launch
 from edgellm.kernels.linear import (
