@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from engines import tiny_executor
@@ -95,33 +97,41 @@ def test_a_fault_is_seen_where_it_is(
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Engine directories of one model, and of another one."""
+    """Engine directories of a model, of one with other weights, and of one with another shape."""
     path = tmp_path_factory.mktemp("engines")
-    tied = TINY["3/1 heads of 64, tied"].write_gguf(path / "tied.gguf", "Q4_1", "Q8_0")
+    tiny = TINY["3/1 heads of 64, tied"]
+    tied = tiny.write_gguf(path / "tied.gguf")
+    wrong = replace(tiny, seed=2).write_gguf(path / "wrong.gguf")
     other = TINY["qwen3, tied"].write_gguf(path / "other.gguf")
     sizes = ["--max-seq-len", "48", "--max-batch-size", "2", "--max-num-tokens", "32"]
     built = {}
-    for name, file, compute in (("int8", tied, "int8"), ("fp32", tied, "fp32"), ("other", other, "fp32")):
+    for name, file in (("right", tied), ("reference", tied), ("wrong", wrong), ("other", other)):
         built[name] = str(path / name)
-        assert main(["build", str(file), "-o", built[name], "--compute", compute, *sizes]) == 0
+        assert main(["build", str(file), "-o", built[name], "--compute", "fp32", *sizes]) == 0
     return built
 
 
-def test_the_command_prints_a_table(engines: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("engine", "code", "verdict"), [("right", 0, "passed"), ("wrong", 2, "FAILED")])
+def test_the_command_prints_a_table(
+    engine: str, code: int, verdict: str, engines: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     capsys.readouterr()
-    assert main(["doctor", "--prove", "--engine", engines["int8"], "--reference", engines["fp32"]]) == 0
+    assert (
+        main(["doctor", "--prove", "--engine", engines[engine], "--reference", engines["reference"]]) == code
+    )
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 9
-    assert all(line.endswith("| passed |") for line in table[2:])
+    # What an executor feeds back to itself is compared with itself.
+    assert all(line.endswith(f"| {verdict} |") for line in table[2:-1])
 
 
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
         (["--prove"], "--prove compares --engine DIR with --reference DIR"),
-        (["--engine", "{int8}"], "go with --prove"),
-        (["--prove", "--engine", "{int8}", "--reference", "{other}"], "not engines of one model"),
-        (["--prove", "--engine", "{int8}", "--reference", "{fp32}", "--length", "3"], "--length 3"),
+        (["--engine", "{right}"], "go with --prove"),
+        (["--prove", "--engine", "{right}", "--reference", "{other}"], "not engines of one model"),
+        (["--prove", "--engine", "{right}", "--reference", "{reference}", "--length", "3"], "--length 3"),
     ],
 )
 def test_what_cannot_be_compared_is_said(
