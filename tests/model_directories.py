@@ -12,7 +12,7 @@ import safetensors.numpy
 import tokenizers
 from ggufs import CONTROL_TOKENS, MERGES, TEMPLATE, tokens
 from numpy.typing import NDArray
-from tiny_llama import TinyLlama
+from tiny_llama import TinyLlama, joined_qkv
 
 Tensors = dict[str, NDArray[Any]]
 
@@ -22,8 +22,78 @@ def stored_name(name: str) -> str:
     return name if name == "lm_head" else f"model.{name}"
 
 
+_QWEN = {
+    "embed_tokens": "transformer.wte",
+    "norm": "transformer.ln_f",
+    "input_layernorm": "ln_1",
+    "self_attn.qkv_proj": "attn.c_attn",
+    "self_attn.o_proj": "attn.c_proj",
+    "post_attention_layernorm": "ln_2",
+    "mlp.up_proj": "mlp.w1",
+    "mlp.gate_proj": "mlp.w2",
+    "mlp.down_proj": "mlp.c_proj",
+}
+
+
+def stored_weights(tiny: TinyLlama) -> dict[str, NDArray[np.float32]]:
+    """The tensors under the names of the family's own code, without `.weight`."""
+    weights = tiny.weights()
+    if tiny.family != "Qwen":
+        return {stored_name(name): values for name, values in weights.items()}
+    return {_qwen_name(name): values for name, values in joined_qkv(weights).items()}
+
+
+def _qwen_name(name: str) -> str:
+    if not name.startswith("layers."):
+        return _QWEN.get(name, name)
+    _, layer, part = name.split(".", 2)
+    bias = ".bias" if part.endswith(".bias") else ""
+    return f"transformer.h.{layer}.{_QWEN[part.removesuffix('.bias')]}{bias}"
+
+
+def qwen_config(tiny: TinyLlama) -> dict[str, Any]:
+    """A config.json as Qwen-7B-Chat's; its context is TinyLlama's 4096."""
+    return {
+        "architectures": ["QWenLMHeadModel"],
+        "attn_dropout_prob": 0.0,
+        "auto_map": {
+            "AutoConfig": "configuration_qwen.QWenConfig",
+            "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
+        },
+        "bf16": False,
+        "emb_dropout_prob": 0.0,
+        "fp16": False,
+        "fp32": False,
+        "hidden_size": tiny.hidden,
+        "initializer_range": 0.02,
+        "intermediate_size": 2 * tiny.inner,
+        "kv_channels": tiny.head_size,
+        "layer_norm_epsilon": tiny.epsilon,
+        "max_position_embeddings": 32768,
+        "model_type": "qwen",
+        "no_bias": True,
+        "num_attention_heads": tiny.heads,
+        "num_hidden_layers": tiny.layers,
+        "onnx_safe": None,
+        "rotary_emb_base": int(tiny.rotary_base),
+        "rotary_pct": 1.0,
+        "scale_attn_weights": True,
+        "seq_length": 4096,
+        "tie_word_embeddings": tiny.tied,
+        "tokenizer_class": "QWenTokenizer",
+        "transformers_version": "4.32.0",
+        "use_cache": True,
+        "use_dynamic_ntk": True,
+        "use_flash_attn": "auto",
+        "use_logn_attn": True,
+        "vocab_size": tiny.vocab,
+    }
+
+
 def config_of(tiny: TinyLlama) -> dict[str, Any]:
     """A config.json as transformers writes it."""
+    if tiny.family == "Qwen":
+        return qwen_config(tiny)
     return {
         "architectures": [f"{tiny.family}ForCausalLM"],
         "model_type": "llama",
@@ -78,13 +148,13 @@ def write_directory(
     """
     path.mkdir(exist_ok=True)
     stored: Tensors = {}
-    for name, values in tiny.weights().items():
+    for name, values in stored_weights(tiny).items():
         if name.endswith(".bias"):
-            stored[stored_name(name)] = values.astype(dtype)
-        elif linear is not None and "_proj" in name:
-            stored |= linear(stored_name(name), values)
+            stored[name] = values.astype(dtype)
+        elif linear is not None and name.endswith(("_proj", ".c_attn", ".w1", ".w2")):
+            stored |= linear(name, values)
         else:
-            stored[f"{stored_name(name)}.weight"] = values.astype(dtype)
+            stored[f"{name}.weight"] = values.astype(dtype)
     changed = {name: values for name, values in (stored | dict(tensors)).items() if values is not None}
     safetensors.numpy.save_file(changed, path / "model.safetensors", {"format": "pt"})
     settings = {key: value for key, value in (config_of(tiny) | dict(config)).items() if value is not None}

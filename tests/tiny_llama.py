@@ -3,6 +3,7 @@ transformers."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ Array = NDArray[np.float32]
 ARCHITECTURES = {
     "Llama": "llama",
     "Mistral": "llama",
+    "Qwen": "qwen",
     "Qwen2": "qwen2",
     "Qwen3": "qwen3",
     "Qwen3Moe": "qwen3moe",
@@ -30,7 +32,7 @@ class TinyLlama:
 
     Attributes:
         vocab: as many tokens as `ggufs.tokens` has, so that the file can carry a vocabulary.
-        family: Qwen2 has biases on q, k and v, Qwen3 norms on query and key heads.
+        family: Qwen and Qwen2 have biases on q, k and v, Qwen3 norms on query and key heads.
         scaling: transformers' rope_parameters, without theta.
         experts: in each layer but the dense ones, of width `inner`; the dense layers are twice as wide.
     """
@@ -73,7 +75,7 @@ class TinyLlama:
                     shapes |= self._mlp(f"layers.{i}.mlp.experts.{e}", self.inner)
             else:
                 shapes |= self._mlp(f"layers.{i}.mlp", self.dense_inner)
-            if self.family == "Qwen2":
+            if self.family in ("Qwen", "Qwen2"):
                 shapes |= {
                     f"layers.{i}.self_attn.{p}_proj.bias": (query if p == "q" else key,) for p in "qkv"
                 }
@@ -127,7 +129,7 @@ class TinyLlama:
         writer.add_block_count(self.layers)
         writer.add_context_length(4096)
         writer.add_embedding_length(self.hidden)
-        writer.add_feed_forward_length(self.dense_inner)
+        writer.add_feed_forward_length(self.dense_inner * (2 if self.family == "Qwen" else 1))
         writer.add_head_count(self.heads)
         writer.add_head_count_kv(self.kv_heads)
         writer.add_key_length(self.head_size)
@@ -146,7 +148,7 @@ class TinyLlama:
         writer.add_token_types(token_types())
         writer.add_token_merges(MERGES)
         writer.add_eos_token_id(2)
-        for index, (name, values) in enumerate(_stacked_experts(self.weights()).items()):
+        for index, (name, values) in enumerate(self._gguf_tensors().items()):
             unquantized = values.ndim == 1 or name.endswith("mlp.gate")
             kind = "F32" if unquantized else embedding if name == "embed_tokens" else linear
             kind = (others or {}).get(name.rsplit(".", 1)[-1], kind)
@@ -165,6 +167,9 @@ class TinyLlama:
         writer.write_tensors_to_file()
         writer.close()
         return path
+
+    def _gguf_tensors(self) -> dict[str, Array]:
+        return joined_qkv(self.weights()) if self.family == "Qwen" else _stacked_experts(self.weights())
 
     def transformers_config(self) -> dict[str, Any]:
         """Arguments of transformers' config class of the family."""
@@ -230,6 +235,14 @@ class TinyLlama:
                 writer.add_tensor("rope_freqs.weight", np.array(factors, np.float32))
 
 
+def joined_qkv(weights: Mapping[str, Array]) -> dict[str, Array]:
+    """q, k and v of a layer, and their biases, one below the other, as `qkv_proj`."""
+    joined: dict[str, list[Array]] = {}
+    for name, values in weights.items():
+        joined.setdefault(re.sub(r"\b[qkv]_proj", "qkv_proj", name), []).append(values)
+    return {name: np.concatenate(parts) for name, parts in joined.items()}
+
+
 def _stacked_experts(weights: Mapping[str, Array]) -> dict[str, Array]:
     """Each part of all experts of a layer in one array, [E, N, K]."""
     stacked: dict[str, list[Array]] = {}
@@ -254,6 +267,7 @@ def _gguf_name(name: str) -> str:
         "up_proj": "ffn_up",
         "down_proj": "ffn_down",
         "gate": "ffn_gate_inp",
+        "qkv_proj": "attn_qkv",
         "q_norm": "attn_q_norm",
         "k_norm": "attn_k_norm",
     }
@@ -291,6 +305,7 @@ TINY = {
     "qwen3, yarn": TinyLlama(
         64, 2, 1, 64, 96, tied=True, rotary_base=1e6, seed=12, family="Qwen3", scaling=YARN
     ),
+    "qwen": TinyLlama(96, 3, 3, 32, 80, tied=False, rotary_base=1e4, seed=16, family="Qwen"),
     "qwen3moe, tied": TinyLlama(
         64, 5, 1, 32, 48, tied=True, rotary_base=1e6, seed=13, family="Qwen3Moe", experts=6, top_k=2
     ),

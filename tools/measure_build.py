@@ -7,7 +7,8 @@ A checkpoint of each format is written to --directory with the true widths, voca
 layers as asked for: the peak of a build does not depend on them. Then `edgellm build` runs in a process of
 its own, with the flags after `--`: its whole time, start and fsync included, against the bytes of the
 checkpoint's tensors; the peak of its resident set as the kernel counts it (VmHWM; ru_maxrss would count this
-process too). Of several --rounds the fastest is printed, and the highest peak.
+process too). Of several --rounds the fastest is printed, and the highest peak. Processor seconds, of all
+threads together, are what to compare on a machine or disk that others use, too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import itertools
 import json
 import math
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -26,7 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import gguf
 import numpy as np
@@ -92,17 +94,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     shape = SHAPES[args.shape]
     print(f"{args.shape}, {args.layers} layers, build {' '.join(args.flags)}, {args.rounds} rounds")
-    print(f"{'format':8} {'checkpoint MB':>13} {'engine MB':>9} {'seconds':>7} {'MB/s':>5} {'peak MB':>7}")
+    print(
+        f"{'format':8} {'checkpoint MB':>13} {'engine MB':>9} {'seconds':>7} {'MB/s':>5} {'CPU s':>6} "
+        f"{'peak MB':>7}"
+    )
     with tempfile.TemporaryDirectory(dir=args.directory) as scratch:
         for name in args.formats:
             checkpoint, engine = Path(scratch, name), Path(scratch, "engine")
             stored = FORMATS[name](checkpoint, shape, args.layers)
             found = [_build(checkpoint, engine, args.flags) for _ in range(args.rounds)]
-            seconds, peak = min(found)[0], max(peak for _, peak in found)
+            seconds, processor, peak = (*min(found)[:2], max(build.peak for build in found))
             size = sum(file.stat().st_size for file in engine.iterdir())
             print(
                 f"{name:8} {stored / 1e6:13.0f} {size / 1e6:9.0f} {seconds:7.1f} "
-                f"{stored / 1e6 / seconds:5.0f} {peak / 1e6:7.0f}",
+                f"{stored / 1e6 / seconds:5.0f} {processor:6.1f} {peak / 1e6:7.0f}",
                 flush=True,
             )
             shutil.rmtree(engine)
@@ -110,14 +115,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _build(checkpoint: Path, engine: Path, flags: Sequence[str]) -> tuple[float, int]:
-    """Seconds and peak bytes of a build."""
+class Build(NamedTuple):
+    """Wall and processor seconds of a build, and the peak of its resident set in bytes."""
+
+    seconds: float
+    processor: float
+    peak: int
+
+
+def _build(checkpoint: Path, engine: Path, flags: Sequence[str]) -> Build:
     shutil.rmtree(engine, ignore_errors=True)
     command = [sys.executable, "-c", _CHILD, "build", str(checkpoint), "-o", str(engine), *flags]
-    started = time.monotonic()
+    started, used = time.monotonic(), _children_s()
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     seconds = time.monotonic() - started
-    return seconds, int(re.findall(r"VmHWM:\s+(\d+) kB", output)[-1]) * 1024
+    peak = int(re.findall(r"VmHWM:\s+(\d+) kB", output)[-1]) * 1024
+    return Build(seconds, _children_s() - used, peak)
+
+
+def _children_s() -> float:
+    """Processor seconds of all threads of children that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def write_safetensors(path: Path, shape: Shape, layers: int, quantization: str | None) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Final
 
 from edgellm.checkpoint.gguf_spec import Architecture
+from edgellm.checkpoint.place import Place, fused
 from edgellm.model.spec import ModelSpec
 
 TOP: Final = {
@@ -31,26 +32,9 @@ _LAYER: Final = {
     "mlp.up_proj": "ffn_up.weight",
     "mlp.down_proj": "ffn_down.weight",
 }
-BIASES: Final = frozenset(f"self_attn.{part}_proj.bias" for part in "qkv")
+_QKV: Final = tuple(f"self_attn.{part}_proj{suffix}" for suffix in ("", ".bias") for part in "qkv")
+BIASES: Final = frozenset(_QKV[3:])
 HEAD_NORMS: Final = frozenset({"self_attn.q_norm", "self_attn.k_norm"})
-
-_Shapes = Mapping[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a canonical tensor is.
-
-    Attributes:
-        stored: name of the tensor in the file.
-        shape: of that.
-        first, count: rows of that (`TensorInfo.rows`); a count of None is all of it.
-    """
-
-    stored: str
-    shape: tuple[int, ...]
-    first: int = 0
-    count: int | None = None
 
 
 def places_of(spec: ModelSpec, architecture: Architecture) -> Iterator[tuple[str, Place]]:
@@ -73,8 +57,12 @@ def _layer(spec: ModelSpec, architecture: Architecture) -> Iterator[tuple[str, P
             continue
         if part.startswith("mlp.") and spec.moe is not None:
             continue
-        is_qkv = part in BIASES or f"{part}.bias" in BIASES
-        yield part, _fused(part, shapes) if is_qkv and architecture.fused_qkv else Place(stored, shapes[part])
+        if architecture.fused_qkv and part in _QKV:
+            suffix = ".bias" if part in BIASES else ""
+            parts = {one: shapes[one] for one in _QKV if (one in BIASES) == (part in BIASES)}
+            yield part, fused(f"attn_qkv{suffix or '.weight'}", part, parts)
+        else:
+            yield part, Place(stored, shapes[part])
     if spec.moe is None:
         return
     hidden, inner, experts = spec.hidden_size, spec.moe_intermediate_size, spec.moe.num_experts
@@ -85,17 +73,7 @@ def _layer(spec: ModelSpec, architecture: Architecture) -> Iterator[tuple[str, P
             yield f"mlp.experts.{expert}.{part}_proj", place
 
 
-def _fused(part: str, shapes: _Shapes) -> Place:
-    """q, k or v, or its bias, where the three are one tensor, one below the other."""
-    suffix = ".bias" if part in BIASES else ""
-    parts = [f"self_attn.{one}_proj{suffix}" for one in "qkv"]
-    rows = [shapes[one][0] for one in parts]
-    first = sum(rows[: parts.index(part)])
-    whole = (sum(rows), *shapes[part][1:])
-    return Place(f"attn_qkv{suffix or '.weight'}", whole, first, shapes[part][0])
-
-
-def _shapes(spec: ModelSpec) -> _Shapes:
+def _shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     hidden, inner, head = spec.hidden_size, spec.intermediate_size, spec.head_size
     queries, keys = spec.num_attention_heads * head, spec.num_key_value_heads * head
     return {

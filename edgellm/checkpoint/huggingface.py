@@ -7,21 +7,23 @@ have other tensors in place of `.weight`; `quantization_config` in config.json s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 from edgellm.checkpoint.awq import Awq
 from edgellm.checkpoint.compressed_tensors import CompressedTensors
 from edgellm.checkpoint.gptq import Gptq
-from edgellm.checkpoint.huggingface_config import CONFIG, ConfigFile, Family, family_of, read_spec
+from edgellm.checkpoint.huggingface_config import CONFIG, ConfigFile, family_of, read_spec
+from edgellm.checkpoint.huggingface_places import FUSED_GATE_UP, places_of
+from edgellm.checkpoint.huggingface_qwen import is_qwen, qwen_places, read_qwen
 from edgellm.checkpoint.huggingface_text import TextFiles
-from edgellm.checkpoint.packed import Packing, dense, floats
+from edgellm.checkpoint.packed import Packing, dense, floats, stacked
+from edgellm.checkpoint.place import Place
 from edgellm.checkpoint.safetensors import SafetensorsModel
 from edgellm.errors import CheckpointError
 from edgellm.model.quantization import Quantization
-from edgellm.model.spec import ModelSpec
-from edgellm.model.weights import Grouped, Weight
+from edgellm.model.weights import Grouped, Weight, rows_of
 
 _TOP: Final = frozenset({"embed_tokens", "norm", "lm_head"})
 _UNUSED: Final = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias")
@@ -46,7 +48,7 @@ class HuggingFaceCheckpoint:
         self.path = path
         self.name = path.resolve().name
         config = ConfigFile.open(path / CONFIG)
-        self.spec = read_spec(config)
+        self.spec = read_qwen(config) if is_qwen(config) else read_spec(config)
         self.model = SafetensorsModel(path)
         if self.spec.num_hidden_layers > len(self.model.tensors):
             raise CheckpointError(
@@ -54,7 +56,11 @@ class HuggingFaceCheckpoint:
                 f"for {len(self.model.tensors)} tensors in all"
             )
         self._packing = _packing(config)
-        self._shapes = dict(_shapes(self.spec, family_of(config)))
+        self._places = dict(
+            qwen_places(self.spec)
+            if is_qwen(config)
+            else places_of(self.spec, family_of(config), fused_experts=self._has_fused_experts())
+        )
         self._check_tensors()
         text = self._text = TextFiles(path, config, self.spec.vocab_size)
         self.chat_template = text.chat_template
@@ -64,11 +70,12 @@ class HuggingFaceCheckpoint:
     @property
     def quantization(self) -> Quantization:
         """How most linear weights are stored, by size; `exclude_modules` names the others."""
-        kinds = {name: _kind(self.tensor(name)) for name, shape in self._shapes.items() if len(shape) == 2}
+        matrices = {name: weight for name in self._places if len((weight := self.tensor(name)).shape) == 2}
+        kinds = {name: _kind(weight) for name, weight in matrices.items()}
         sizes: Counter[tuple[int, int, bool]] = Counter()
         for name, kind in kinds.items():
             if name not in _TOP:
-                n, k = self._shapes[name]
+                n, k = matrices[name].shape
                 sizes[kind] += n * k
         main = sizes.most_common(1)[0][0]
         bits, group, asymmetric = main
@@ -87,24 +94,36 @@ class HuggingFaceCheckpoint:
 
     def has(self, name: str) -> bool:
         """Whether there is a tensor of this canonical name."""
-        return name in self._shapes
+        return name in self._places
 
     def tensor(self, name: str) -> Weight:
         """The tensor of this canonical name; its bytes are read by its `read()`."""
-        shape = self._shapes.get(name)
-        if shape is None:
+        place = self._places.get(name)
+        if place is None:
             raise CheckpointError(f"{self.path} has no tensor for {name}")
-        if name.endswith(".bias"):
-            return dense(self.model, _stored(name), shape)
-        layer = _stored(name)
-        if len(shape) == 2 and self._is_packed(layer):
-            assert self._packing is not None
-            return self._packing.weight(self.model, layer, (shape[0], shape[1]))
-        return dense(self.model, f"{layer}.weight", shape)
+        whole = self._whole(place)
+        return whole if place.count is None else rows_of(whole, place.first, place.count)
+
+    def _whole(self, place: Place) -> Weight:
+        match place.shape:
+            case (e, n, k):
+                return stacked(self.model, place.stored, (e, n, k))
+            case (n, k) if self._is_packed(place.stored):
+                assert self._packing is not None
+                return self._packing.weight(self.model, place.stored, (n, k))
+        return dense(self.model, self._stored(place), place.shape)
+
+    def _stored(self, place: Place) -> str:
+        """The tensor's name in the files, of an unquantized one."""
+        named_so = place.stored.endswith(".bias") or len(place.shape) == 3
+        return place.stored if named_so else f"{place.stored}.weight"
 
     def tokenizer_json(self) -> bytes:
         """The tokenizer in the format of Hugging Face's `tokenizers`, UTF-8."""
         return self._text.tokenizer_json()
+
+    def _has_fused_experts(self) -> bool:
+        return any(name.endswith(FUSED_GATE_UP) for name in self.model.tensors)
 
     def _is_packed(self, layer: str) -> bool:
         return self._packing is not None and f"{layer}.{self._packing.suffixes[0]}" in self.model.tensors
@@ -112,16 +131,13 @@ class HuggingFaceCheckpoint:
     def _check_tensors(self) -> None:
         used: set[str] = set()
         packed = 0
-        for name in self._shapes:
+        for name, place in self._places.items():
             self.tensor(name)
-            layer = _stored(name)
-            if name.endswith(".bias"):
-                used.add(layer)
-            elif self._packing is not None and self._is_packed(layer):
+            if self._packing is not None and self._is_packed(place.stored):
                 packed += 1
-                used.update(f"{layer}.{suffix}" for suffix in self._packing.suffixes)
+                used.update(f"{place.stored}.{suffix}" for suffix in self._packing.suffixes)
             else:
-                used.add(f"{layer}.weight")
+                used.add(self._stored(place))
         if self._packing is not None and not packed:
             raise CheckpointError(
                 f"{self.path / CONFIG} has a quantization_config, but no layer has a "
@@ -163,53 +179,3 @@ def _kind(weight: Weight) -> tuple[int, int, bool]:
     if isinstance(weight, Grouped):
         return weight.bits, weight.group, weight.asymmetric and not weight.centred
     return 16, 0, False
-
-
-def _stored(name: str) -> str:
-    return name if name == "lm_head" else f"model.{name}"
-
-
-def _shapes(spec: ModelSpec, family: Family) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(canonical name, shape) of every tensor, in the order in which a model uses them."""
-    hidden, inner, head = spec.hidden_size, spec.intermediate_size, spec.head_size
-    queries, keys = spec.num_attention_heads * head, spec.num_key_value_heads * head
-    attention: dict[str, tuple[int, int]] = {
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-    }
-    dense = {f"mlp.{part}": shape for part, shape in _mlp(inner, hidden).items()}
-    mixture: dict[str, tuple[int, int]] = {}
-    if spec.moe is not None:
-        mixture["mlp.gate"] = (spec.moe.num_experts, hidden)
-        for expert in range(spec.moe.num_experts):
-            for part, shape in _mlp(spec.moe_intermediate_size, hidden).items():
-                mixture[f"mlp.experts.{expert}.{part}"] = shape
-
-    def biased(linear: str) -> bool:
-        if linear.startswith("mlp."):
-            return spec.mlp_bias
-        return spec.attn_bias and not (family.qkv_bias and linear == "self_attn.o_proj")
-
-    yield "embed_tokens", (spec.vocab_size, hidden)
-    for layer in range(spec.num_hidden_layers):
-        here = f"layers.{layer}"
-        yield f"{here}.input_layernorm", (hidden,)
-        yield f"{here}.post_attention_layernorm", (hidden,)
-        if spec.qk_layernorm:
-            yield f"{here}.self_attn.q_norm", (head,)
-            yield f"{here}.self_attn.k_norm", (head,)
-        mlp = mixture if spec.is_mixture(layer) else dense
-        for linear, shape in (attention | mlp).items():
-            yield f"{here}.{linear}", shape
-            if biased(linear):
-                yield f"{here}.{linear}.bias", shape[:1]
-    yield "norm", (hidden,)
-    if not spec.tie_word_embeddings:
-        yield "lm_head", (spec.vocab_size, hidden)
-
-
-def _mlp(inner: int, hidden: int) -> dict[str, tuple[int, int]]:
-    """Projection → shape, of one gated MLP."""
-    return {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}

@@ -99,7 +99,7 @@ _MIXTURE_READ: Final = frozenset(
         "router_aux_loss_coef",
     }
 )
-_NO_ARITHMETIC: Final = frozenset(
+NO_ARITHMETIC: Final = frozenset(
     {
         "attention_dropout",
         "attn_implementation",
@@ -263,7 +263,7 @@ def read_spec(config: ConfigFile) -> ModelSpec:
     """
     architecture = _architecture(config)
     family = FAMILIES[architecture]
-    config.require_known(_READ | _NO_ARITHMETIC | (_MIXTURE_READ if family.mixture else frozenset()))
+    config.require_known(_READ | NO_ARITHMETIC | (_MIXTURE_READ if family.mixture else frozenset()))
     for key, possible in (("attention_bias", family.attention_bias), ("mlp_bias", family.mlp_bias)):
         # Qwen2's code has its biases without asking.
         redundant = key == "attention_bias" and family.qkv_bias
@@ -317,7 +317,8 @@ def _architecture(config: ConfigFile) -> str:
             return architecture
         case found:
             raise CheckpointError(
-                f"{config.where} has architectures {found!r:.80}; edgellm reads {', '.join(FAMILIES)}"
+                f"{config.where} has architectures {found!r:.80}; "
+                f"edgellm reads {', '.join([*FAMILIES, 'QWenLMHeadModel'])}"
             )
 
 

@@ -55,6 +55,23 @@ def dense(model: SafetensorsModel, name: str, shape: tuple[int, ...]) -> Dense:
     return Dense(name, shape, dtype, lambda begin, end: floats(model, name, slice(begin, end)))
 
 
+def stacked(model: SafetensorsModel, name: str, shape: tuple[int, int, int]) -> Dense:
+    """Unquantized matrices [E, N, K] of one tensor as a weight [E · N, K].
+
+    Raises:
+        CheckpointError: as for `dense`.
+    """
+    require(model, name, shape, FLOATS)
+    dtype: Any = _DENSE[model.tensors[name].dtype]
+    count, n, k = shape
+
+    def read_rows(begin: int, end: int) -> Float:
+        matrices, inside = words_around(begin, end, n)
+        return floats(model, name, matrices).reshape(-1, k)[inside]
+
+    return Dense(name, (count * n, k), dtype, read_rows)
+
+
 def require(model: SafetensorsModel, name: str, shape: tuple[int, ...], dtypes: Sequence[str]) -> None:
     """Check that a tensor is there, of this shape and of one of these types.
 
@@ -189,8 +206,9 @@ def order_of_groups(model: SafetensorsModel, name: str, group: int) -> NDArray[n
     if (of_column == np.arange(columns) // group).all():
         return None
     groups = columns // group
-    if of_column.min() < 0 or of_column.max() >= groups:
-        raise CheckpointError(f"{model.where(name)} has group {of_column.max()}, but there are {groups}")
+    beyond = of_column[(of_column < 0) | (of_column >= groups)]
+    if len(beyond):
+        raise CheckpointError(f"{model.where(name)} has group {beyond[0]}, but there are {groups}")
     sizes = np.bincount(of_column, minlength=groups)
     if (sizes != group).any():
         uneven = int(np.flatnonzero(sizes != group)[0])

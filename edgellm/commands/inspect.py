@@ -129,6 +129,7 @@ def _checkpoint(path: Path) -> Report:
     weights = unless_refused(lambda: take_inventory(checkpoint)) or ()
     tokens = unless_refused(lambda: _tokens_of(checkpoint.tokenizer_json()))
     unless_refused(lambda: _compile_template(checkpoint))
+    unless_refused(lambda: _require_head_size(checkpoint.spec))
     parameters = _parameters(weights, checkpoint.spec) if weights else None
     return Report(
         str(path),
@@ -219,6 +220,12 @@ def _storage(weights: Sequence[Matrices], spec: ModelSpec) -> tuple[Storage, ...
 
 def _kv_bytes(spec: ModelSpec) -> dict[str, int]:
     return {dtype: size * spec.kv_elements_per_token() for dtype, size in KV_BYTES.items()}
+
+
+def _require_head_size(spec: ModelSpec) -> None:
+    from edgellm.model.onnx import require_head_size
+
+    require_head_size(spec)
 
 
 def _without_kernel(weights: Sequence[Matrices]) -> Iterator[str]:

@@ -30,7 +30,7 @@ from edgellm.errors import BuildError
 log = logging.getLogger(__name__)
 
 SOURCES: Final = Path(__file__).parent.parent / "kernels"
-OPTIONS: Final = ("--std=c++17",)
+OPTIONS: Final = ("--std=c++17", "--device-as-default-execution-space")
 
 _INCLUDE: Final = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
 _CHECKSUM_BYTES: Final = 32

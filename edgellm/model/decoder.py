@@ -23,10 +23,11 @@ ARCHITECTURES = (
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
     "Qwen3MoeForCausalLM",
+    "QWenLMHeadModel",
 )
 """What `build_decoder` knows, by Hugging Face's class names. ModelSpec's numbers tell them apart:
-Qwen2 has biases on q, k and v, Qwen3 norms on q and k, Qwen3Moe mixtures of experts besides; Mistral may have
-a window."""
+Qwen2 and the first Qwen have biases on q, k and v, Qwen3 norms on q and k, Qwen3Moe mixtures of experts
+besides; Mistral may have a window."""
 
 V = TypeVar("V")
 
@@ -230,11 +231,17 @@ def _rotary(spec: ModelSpec) -> Rotary:
 
 
 def require_context(spec: ModelSpec, max_seq_len: int) -> None:
-    """For emitters: nothing here attends through a sliding window, so a context must fit into it.
+    """For emitters: a context must fit into what is computed here: no sliding windows, no lengths that scale.
 
     Raises:
         BuildError: it does not.
     """
+    if spec.architecture == "QWenLMHeadModel" and max_seq_len > spec.max_position_embeddings:
+        raise BuildError(
+            f"beyond {spec.max_position_embeddings} tokens the model scales its queries and rotary "
+            "frequencies by the length of the text, which edgellm does not do; "
+            f"build it for at most that, not for {max_seq_len}"
+        )
     window = spec.sliding_window
     if window is not None and max_seq_len > window:
         raise BuildError(

@@ -20,6 +20,7 @@ import numpy as np
 
 from edgellm.checkpoint.base import Checkpoint
 from edgellm.enginedir import BuildConfig
+from edgellm.errors import BuildError
 from edgellm.executor.base import Progress
 from edgellm.model.decoder import Attention, Expert, build_decoder, require_context
 from edgellm.model.kv_cache import KV_DTYPES, KvCache
@@ -54,6 +55,7 @@ def emit(
         OSError: the files cannot be written.
     """
     require_context(checkpoint.spec, build.max_seq_len)
+    require_head_size(checkpoint.spec)
     file = OnnxFile(directory / MODEL_FILE)
     try:
         graph = OnnxGraph(
@@ -70,6 +72,18 @@ def emit(
         file.abandon()
     progress("model", 1.0)
     return {DATA_FILE: digest}
+
+
+def require_head_size(spec: ModelSpec) -> None:
+    """That GroupQueryAttention takes the model's heads: it says no otherwise, but only when it is first run.
+
+    Raises:
+        BuildError: their size is no multiple of 16.
+    """
+    if spec.head_size % 16:
+        raise BuildError(
+            f"head_size is {spec.head_size}; the CPU executor computes attention for multiples of 16 only"
+        )
 
 
 class OnnxGraph:

@@ -171,6 +171,20 @@ def scaled(weight: Weight, factor: float) -> Weight:
     return replace(weight, read_rows=read_rows)
 
 
+def rows_of(weight: Weight, first: int, count: int) -> Weight:
+    """Rows first … first + count − 1 as a weight of their own."""
+    shape = (count, *weight.shape[1:])
+    if isinstance(weight, Dense):
+        values = weight.read_rows
+        return replace(weight, shape=shape, read_rows=lambda begin, end: values(first + begin, first + end))
+    groups = weight.read_rows
+    return replace(
+        weight,
+        shape=(count, weight.shape[1]),
+        read_rows=lambda begin, end: groups(first + begin, first + end),
+    )
+
+
 def _blocks(shape: tuple[int, ...], itemsize: int) -> list[tuple[int, int]]:
     rows = max(1, BLOCK_BYTES // (itemsize * math.prod(shape[1:])))
     if rows > BLOCK_ROWS:

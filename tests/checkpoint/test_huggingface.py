@@ -266,6 +266,9 @@ def test_a_value_that_is_not_finite_is_named_when_it_is_read(value: float, tmp_p
     checkpoint = open_checkpoint(write_directory(tmp_path, TIED, tensors=tensors))
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight .* not finite, at \[3, 5\]"):
         checkpoint.tensor(name).dequantize()
+    with pytest.raises(CheckpointError, match=r"not finite, at \[3, 5\]"):
+        checkpoint.tensor(name).dequantize(2, 6)
+    checkpoint.tensor(name).dequantize(4)
 
 
 def test_a_sum_that_overflows_is_no_damage(tmp_path: Path) -> None:

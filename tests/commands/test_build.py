@@ -11,9 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 from ggufs import TEMPLATE, Llama, tokens
+from model_directories import stored_name, write_directory
+from tiny_llama import TINY
 
 from edgellm.cli import main
 from edgellm.enginedir import open_engine, verify_engine
@@ -152,6 +155,21 @@ def test_a_bad_checkpoint_leaves_nothing(
     assert code == CheckpointError.exit_code
     assert "tiny.gguf" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [tmp_path / "tiny.gguf"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_weight_that_is_not_finite_ends_a_build_in_its_midst(
+    value: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "layers.1.mlp.down_proj"
+    bad = TINY["9/3 heads of 16, untied"].weights()[name]
+    bad[7, 9] = value
+    path = write_directory(
+        tmp_path / "tiny", TINY["9/3 heads of 16, untied"], tensors={f"{stored_name(name)}.weight": bad}
+    )
+    assert main(["build", str(path), "-o", str(tmp_path / "engine")]) == CheckpointError.exit_code
+    assert f"tensor model.{name}.weight has a value that is not finite, at [7, 9]" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [path]
 
 
 # A small limit on file sizes fails like a full disk does, in the middle of a write; SIGXFSZ must be ignored

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,13 @@ def test_what_would_be_refused(
         assert reason in refused
     assert main(["inspect", str(path)]) == CheckpointError.exit_code
     assert f"refused        {report['refused'][0]}" in capsys.readouterr().out
+
+
+def test_heads_that_the_executor_has_no_attention_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_directory(tmp_path / "tiny", replace(TINY, head_size=40))
+    assert "head_size is 40" in inspect(path, capsys, code=CheckpointError.exit_code)["refused"][0]
 
 
 def test_a_models_name(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 from engines import MAX_SEQ_LEN, all_logits, tiny_executor
+from model_directories import write_directory
 from numpy.typing import NDArray
 from reference_decoder import reference_logits
 from tiny_llama import TINY, TINY_GGUF, TinyLlama
@@ -129,6 +130,22 @@ def test_a_half_precision_cache_costs_half_and_little_accuracy(name: str, tmp_pa
     assert half.info.kv_bytes_per_token * 2 == whole.info.kv_bytes_per_token
     error = _relative(all_logits(half, GOLDEN[f"{name}.tokens"].tolist()), GOLDEN[f"{name}.logits"])
     assert 1e-6 < error < 5e-3
+
+
+@pytest.mark.parametrize("size", [16, 48, 80])
+def test_a_head_of_any_multiple_of_16(size: int, tmp_path: Path) -> None:
+    tiny = replace(TIED, head_size=size)
+    checkpoint = open_checkpoint(write_directory(tmp_path / "tiny", tiny))
+    tokens = np.random.default_rng(0).integers(0, tiny.vocab, 12).tolist()
+    exact = tiny_executor(checkpoint, tmp_path / "engine", compute="fp32")
+    assert _relative(all_logits(exact, tokens), reference_logits(checkpoint, tokens)) < 1e-4
+
+
+@pytest.mark.parametrize("size", [8, 20, 24, 72])
+def test_a_head_of_another_size_is_refused_by_name(size: int, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_directory(tmp_path / "tiny", replace(TIED, head_size=size)))
+    with pytest.raises(BuildError, match=f"head_size is {size}; .* multiples of 16"):
+        tiny_executor(checkpoint, tmp_path / "engine", compute="fp32")
 
 
 def test_a_context_beyond_a_sliding_window_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,349 @@
+// Linear layers for one to sixteen rows: y = x · wᵀ, bound by how fast the weights arrive.
+//
+// A block takes every gridDim.x-th row block. Its warps part the columns among them; each streams its own panels
+// through a ring in shared memory (cp.async), so weights arrive without anybody waiting for a neighbour. x lies
+// in shared memory as float16 beside the sums of its groups. Where x is the float32 residual, the block brings it
+// through the norm on the way there: whoever wrote the residual left sums of its squares.
+//
+// With SLABS > 1 the columns are parted among blocks, too, so that each holds a part of x only; the slabs' sums are
+// added in order, by the blocks of a cluster or by whichever block ends last.
+
+#include "packed.cuh"
+
+enum Epilogue { STORE = 0, RESIDUAL = 1, SWIGLU = 2, LOGITS = 3 };
+enum Join { WHOLE = 0, LAST_BLOCK = 1, CLUSTER = 2 };
+
+// What a linear's shared memory holds, in this order. `linear.py` computes the same.
+template <int BITS, int GROUP, int ZERO, int K, int SLABS, int ROWS, int WARPS, int STAGES> struct Layout {
+  using P = Panel<BITS, GROUP, ZERO>;
+  static constexpr int PANELS = K / P::COLUMNS;
+  static constexpr int SLAB_PANELS = (PANELS + SLABS - 1) / SLABS;
+  static constexpr int SLAB = SLAB_PANELS * P::COLUMNS;
+  // 64 bytes beyond a multiple of 128: eight lanes' loads from two rows fall into different banks.
+  static constexpr int X_STRIDE = SLAB + 32;
+  static constexpr int SUMS_STRIDE = ROWS < 2 ? 2 : ROWS;
+  // 20 floats for 16 rows: lanes (g, t) write rows g of columns 2t without a conflict.
+  static constexpr int LINE = 20;
+
+  static constexpr int RING = 0;
+  static constexpr int X = RING + WARPS * STAGES * P::BYTES;
+  static constexpr int SUMS = X + ROWS * X_STRIDE * 2;
+  static constexpr int REDUCE = SUMS + (BITS < 16 ? SLAB / GROUP * SUMS_STRIDE * 4 : 0);
+  static constexpr int PARTS = REDUCE + 2 * WARPS * ROWS * LINE * 4;
+};
+
+// x of this slab to shared memory as float16, and the sums of its groups as the tensor cores will see it.
+template <int K, int SLAB, int ROWS, int WARPS, int GROUP, bool SUMMED, bool NORM, int X_STRIDE, int SUMS_STRIDE>
+DEVICE void load_x(const void* x, const float* gain, const float* squares, float epsilon, int first, int columns,
+                   u16* xs, float* sums) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  constexpr int STRIP = 256;  // a lane has 8 neighbouring columns of it
+  constexpr int STRIPS = (SLAB + STRIP - 1) / STRIP;
+  constexpr int SIDE = ROWS < WARPS ? ROWS : WARPS;  // rows at a time
+  constexpr int SHARE = WARPS / SIDE;                // warps to a row
+#pragma unroll 1
+  for (int row = warp % SIDE; row < ROWS; row += SIDE) {
+    if (warp / SIDE >= SHARE) break;
+    float factor = 1.f;
+    if constexpr (NORM) {
+      float sum = 0.f;
+      constexpr int COUNT = K / ROW_BLOCK / 4;
+#pragma unroll
+      for (int i = 0; i < (COUNT + 31) / 32; i++) {
+        const int at = i * 32 + lane;
+        const float4 s = at < COUNT ? load_l2((const float4*)(squares + (u64)row * (K / ROW_BLOCK)) + at)
+                                    : make_float4(0.f, 0.f, 0.f, 0.f);
+        sum += (s.x + s.y) + (s.z + s.w);
+      }
+      factor = rsqrtf(warp_sum(sum) * (1.f / K) + epsilon);
+    }
+#pragma unroll 4
+    for (int strip = warp / SIDE; strip < STRIPS; strip += SHARE) {
+      const int column = strip * STRIP + lane * 8;
+      const bool inside = column < columns;
+      uint4 packed = make_uint4(0, 0, 0, 0);
+      if (inside) {
+        if constexpr (NORM) {
+          const float4* from = (const float4*)((const float*)x + (u64)row * K + first + column);
+          const float4* scale = (const float4*)(gain + first + column);
+          const float4 a = load_l2(from), b = load_l2(from + 1), p = __ldg(scale), q = __ldg(scale + 1);
+          packed.x = pack_half2_saturated(a.x * factor * p.x, a.y * factor * p.y);
+          packed.y = pack_half2_saturated(a.z * factor * p.z, a.w * factor * p.w);
+          packed.z = pack_half2_saturated(b.x * factor * q.x, b.y * factor * q.y);
+          packed.w = pack_half2_saturated(b.z * factor * q.z, b.w * factor * q.w);
+        } else {
+          packed = load_l2((const uint4*)((const u16*)x + (u64)row * K + first + column));
+        }
+        *(uint4*)(xs + row * X_STRIDE + column) = packed;
+      }
+      if constexpr (SUMMED) {
+        const float2 a = half2_to_float2(packed.x), b = half2_to_float2(packed.y);
+        const float2 c = half2_to_float2(packed.z), d = half2_to_float2(packed.w);
+        float sum = ((a.x + a.y) + (b.x + b.y)) + ((c.x + c.y) + (d.x + d.y));
+#pragma unroll
+        for (int o = 1; o < GROUP / 8; o *= 2) sum += __shfl_xor_sync(FULL_WARP, sum, o);
+        if (inside && lane % (GROUP / 8) == 0) {
+          sums[column / GROUP * SUMS_STRIDE + row] = sum;
+          if constexpr (ROWS == 1) sums[column / GROUP * SUMS_STRIDE + 1] = sum;
+        }
+      }
+    }
+  }
+}
+
+// A value at the same place in another block's shared memory.
+DEVICE float load_cluster(const float* here, u32 rank) {
+  float v = 0.f;
+#if __CUDA_ARCH__ >= 900
+  u32 there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(here)), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(there) : "memory");
+#endif
+  return v;
+}
+
+DEVICE void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// Where a slab's sums of a round are found, by the row block's place among the block's, row and line of it.
+
+template <int ROWS, int WARPS_K, int LINE> struct Reduced {  // of the warps of this block
+  const float* buffer;
+  DEVICE float operator()(int sub, int n, int line) const {
+    float v = 0.f;
+#pragma unroll
+    for (int i = 0; i < WARPS_K; i++) v += buffer[((sub * WARPS_K + i) * ROWS + n) * LINE + line];
+    return v;
+  }
+};
+
+template <int ROWS, int SLABS> struct InCluster {  // of the cluster's blocks
+  const float* parts;
+  DEVICE float operator()(int sub, int n, int line) const {
+    float v = 0.f;
+#pragma unroll
+    for (int i = 0; i < SLABS; i++) v += load_cluster(parts + (sub * ROWS + n) * ROW_BLOCK + line, i);
+    return v;
+  }
+};
+
+template <int ROWS, int SLABS> struct InWorkspace {  // of all slabs; `partials` at the round's first row block
+  const float* partials;
+  u64 slab_stride;
+  DEVICE float operator()(int sub, int n, int line) const {
+    float v = 0.f;
+#pragma unroll
+    for (int i = 0; i < SLABS; i++) v += load_l2(partials + i * slab_stride + (sub * ROWS + n) * ROW_BLOCK + line);
+    return v;
+  }
+};
+
+// What becomes of y.
+template <int EPILOGUE> struct Writer {
+  const float* bias;
+  void* out;
+  float* squares_out;
+  int row_blocks, outputs;
+  // Lines of a row block that have a result: with SWIGLU a pair of rows, `line` and `line + 8`, becomes one.
+  static constexpr int LINES = EPILOGUE == SWIGLU ? 8 : 16;
+
+  // One line; whole warps call it, with sixteen lanes for the lines of a row, and `there` says who has one.
+  DEVICE void put(int row_block, int n, int line, bool there, float v, float up) const {
+    if (bias && there) v += bias[row_block * ROW_BLOCK + line];
+    const int column = row_block * LINES + line;
+    const u64 at = (u64)n * outputs + column;
+    const bool stored = there && column < outputs;
+    if constexpr (EPILOGUE == SWIGLU) {
+      if (bias && there) up += bias[row_block * ROW_BLOCK + line + 8];
+      if (stored) ((u16*)out)[at] = float_to_half(v / (1.f + __expf(-v)) * up);
+    } else if constexpr (EPILOGUE == RESIDUAL) {
+      if (stored) {
+        v += load_l2((const float*)out + at);
+        ((float*)out)[at] = v;
+      }
+      if (squares_out) {
+        float square = stored ? v * v : 0.f;
+#pragma unroll
+        for (int o = 8; o; o >>= 1) square += __shfl_xor_sync(FULL_WARP, square, o);
+        if (stored && line == 0) squares_out[(u64)n * row_blocks + row_block] = square;
+      }
+    } else if constexpr (EPILOGUE == LOGITS) {
+      if (stored) ((float*)out)[at] = v;
+    } else {
+      if (stored) ((u16*)out)[at] = float_to_half(v);
+    }
+  }
+
+  // All of a round: SIDE_BY_SIDE row blocks from `row_block` on.
+  template <int ROWS, int SIDE_BY_SIDE, class Source> DEVICE void round(int row_block, const Source& source) const {
+    constexpr int ELEMENTS = SIDE_BY_SIDE * ROWS * LINES;
+#pragma unroll 1
+    for (int e = threadIdx.x; (e & ~31) < ELEMENTS; e += blockDim.x) {
+      const int sub = e / LINES / ROWS, n = e / LINES % ROWS, line = e % LINES;
+      const bool there = e < ELEMENTS && row_block + sub < row_blocks;
+      const float v = there ? source(sub, n, line) : 0.f;
+      const float up = EPILOGUE == SWIGLU && there ? source(sub, n, line + 8) : 0.f;
+      put(row_block + sub, n, line, there, v, up);
+    }
+  }
+};
+
+// weights: packed, row_blocks row blocks
+// x: float16 [ROWS, K]; with NORM the float32 residual, `gain` float32 [K], `squares` float32 [ROWS, K / 16]:
+//    sums of squares of 16 neighbours
+// bias: float32 [16 · row_blocks], or null
+// out: STORE, SWIGLU float16 [ROWS, outputs]; LOGITS float32 [ROWS, outputs]; RESIDUAL adds to float32 [ROWS, outputs]
+// squares_out: of the new residual, float32 [ROWS, outputs / 16], or null
+// workspace: of LAST_BLOCK: 1024 counters, which are 0 before and after, then float32 [SLABS, row_blocks, ROWS, 16]
+template <int BITS, int GROUP, int ZERO, int K, int SLABS, int JOIN, int ROWS, int EPILOGUE, bool NORM, int WARPS,
+          int WARPS_K, int STAGES>
+DEVICE void linear_body(const u8* __restrict__ weights, const void* x, const float* __restrict__ gain,
+                        const float* squares, float epsilon, const float* __restrict__ bias, void* out,
+                        float* squares_out, u8* workspace, int row_blocks, int outputs) {
+  using P = Panel<BITS, GROUP, ZERO>;
+  using L = Layout<BITS, GROUP, ZERO, K, SLABS, ROWS, WARPS, STAGES>;
+  constexpr int THREADS = WARPS * 32, TILES = (ROWS + 7) / 8, SIDE_BY_SIDE = WARPS / WARPS_K;
+  extern __shared__ __align__(16) u8 shared[];
+  u16* const xs = (u16*)(shared + L::X);
+  float* const sums = (float*)(shared + L::SUMS);
+  float* const reduce = (float*)(shared + L::REDUCE);
+  float* const parts = (float*)(shared + L::PARTS);
+  float* const partials = (float*)(workspace + 4096);
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
+  const int slab = SLABS > 1 ? blockIdx.y : 0;
+  const int slab_panels = SLABS > 1 ? min(L::SLAB_PANELS, L::PANELS - slab * L::SLAB_PANELS) : L::PANELS;
+
+  // Row blocks first, first + step, …; in a round the block's groups of warps take SIDE_BY_SIDE neighbours.
+  const int first = blockIdx.x * SIDE_BY_SIDE + warp / WARPS_K, step = gridDim.x * SIDE_BY_SIDE;
+  const int rounds = (row_blocks - int(blockIdx.x) * SIDE_BY_SIDE + step - 1) / step;
+  const int mine = first < row_blocks ? (row_blocks - first + step - 1) / step : 0;
+  const int begin = warp % WARPS_K * slab_panels / WARPS_K;
+  const int count = (warp % WARPS_K + 1) * slab_panels / WARPS_K - begin;
+
+  // The ring: `source` runs over this warp's panels of each of its row blocks.
+  u8* const ring = shared + L::RING + warp * STAGES * P::BYTES;
+  const u8* source = weights + ((u64)first * L::PANELS + slab * L::SLAB_PANELS + begin) * P::BYTES + lane * 16;
+  const u64 jump = ((u64)step * L::PANELS - count) * P::BYTES;
+  int to_issue = mine * count, in_row_block = 0;
+  u8* target = ring + lane * 16;
+  auto issue = [&] {
+    if (to_issue > 0) {
+      to_issue--;
+#pragma unroll
+      for (int at = 0; at < P::BYTES; at += 512)
+        if (at + 512 <= P::BYTES || lane * 16 < P::BYTES - at) copy_async(target + at, source + at);
+      source += P::BYTES;
+      if (++in_row_block == count) in_row_block = 0, source += jump;
+      target += P::BYTES;
+      if (target >= ring + STAGES * P::BYTES) target -= STAGES * P::BYTES;
+    }
+    copy_async_commit();
+  };
+#pragma unroll
+  for (int i = 0; i < STAGES - 1; i++) issue();
+
+  launch_dependents();
+  wait_for_previous();
+
+  load_x<K, L::SLAB, ROWS, WARPS, GROUP, (BITS < 16), NORM, L::X_STRIDE, L::SUMS_STRIDE>(
+      x, gain, squares, epsilon, slab * L::SLAB, slab_panels * P::COLUMNS, xs, sums);
+  __syncthreads();
+
+  const Writer<EPILOGUE> writer{bias, out, squares_out, row_blocks, outputs};
+  const u16* const x_lane = xs + (g & (ROWS - 1)) * L::X_STRIDE + begin * P::COLUMNS;
+  const float* const sums_lane =
+      sums + begin * P::GROUPS * L::SUMS_STRIDE + (2 * t & (L::SUMS_STRIDE < 8 ? L::SUMS_STRIDE - 1 : 7));
+  const u8* panel = ring;
+  for (int round = 0; round < rounds; round++) {
+    float acc[TILES][4] = {};
+    if (first + round * step < row_blocks) {
+      const u16* xp = x_lane;
+      const float* sp = sums_lane;
+#pragma unroll 1
+      for (int i = 0; i < count; i++) {
+        copy_async_wait<STAGES - 2>();
+        __syncwarp();  // all lanes' copies have arrived, and nobody still reads the slot that is filled next
+        issue();
+        multiply_panel<BITS, GROUP, ZERO, TILES, L::SUMS_STRIDE>(panel, lane, xp, 8 * L::X_STRIDE, sp, acc);
+        xp += P::COLUMNS;
+        sp += P::GROUPS * L::SUMS_STRIDE;
+        panel += P::BYTES;
+        if (panel == ring + STAGES * P::BYTES) panel = ring;
+      }
+    }
+    // The warps' sums meet. Two buffers: who is a round ahead writes into the other one.
+    float* const buffer = reduce + round % 2 * WARPS * ROWS * L::LINE;
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int n = tile * 8 + 2 * t + i % 2;
+        if (n < ROWS) buffer[(warp * ROWS + n) * L::LINE + g + i / 2 * 8] = acc[tile][i];
+      }
+    __syncthreads();
+    const Reduced<ROWS, WARPS_K, L::LINE> reduced{buffer};
+    const int row_block = blockIdx.x * SIDE_BY_SIDE + round * step;
+    if constexpr (JOIN == WHOLE) {
+      writer.template round<ROWS, SIDE_BY_SIDE>(row_block, reduced);
+    } else {
+      float* const to = JOIN == CLUSTER ? parts + round * SIDE_BY_SIDE * ROWS * ROW_BLOCK
+                                        : partials + ((u64)slab * row_blocks + row_block) * ROWS * ROW_BLOCK;
+      for (int e = threadIdx.x; e < SIDE_BY_SIDE * ROWS * ROW_BLOCK; e += THREADS) {
+        const int sub = e / ROW_BLOCK / ROWS;
+        if (row_block + sub < row_blocks) to[e] = reduced(sub, e / ROW_BLOCK % ROWS, e % ROW_BLOCK);
+      }
+    }
+  }
+
+  if constexpr (JOIN == CLUSTER) {
+    cluster_barrier();
+    for (int round = slab; round < rounds; round += SLABS)
+      writer.template round<ROWS, SIDE_BY_SIDE>(
+          blockIdx.x * SIDE_BY_SIDE + round * step,
+          InCluster<ROWS, SLABS>{parts + round * SIDE_BY_SIDE * ROWS * ROW_BLOCK});
+    cluster_barrier();  // nobody leaves while others read its shared memory
+  }
+  if constexpr (JOIN == LAST_BLOCK) {
+    __shared__ int last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      int* const counter = (int*)workspace + blockIdx.x;
+      last = atomicAdd(counter, 1) == SLABS - 1;
+      if (last) *counter = 0;
+      __threadfence();
+    }
+    __syncthreads();
+    if (!last) return;
+    for (int round = 0; round < rounds; round++) {
+      const int row_block = blockIdx.x * SIDE_BY_SIDE + round * step;
+      writer.template round<ROWS, SIDE_BY_SIDE>(
+          row_block, InWorkspace<ROWS, SLABS>{partials + (u64)row_block * ROWS * ROW_BLOCK,
+                                              (u64)row_blocks * ROWS * ROW_BLOCK});
+    }
+  }
+}
+
+template <int BITS, int GROUP, int ZERO, int K, int SLABS, int JOIN, int ROWS, int EPILOGUE, bool NORM, int WARPS,
+          int WARPS_K, int STAGES>
+__global__ void __launch_bounds__(WARPS * 32, ROWS > 8 ? 2 : 3)
+    linear(const u8* weights, const void* x, const float* gain, const float* squares, float epsilon,
+           const float* bias, void* out, float* squares_out, u8* workspace, int row_blocks, int outputs) {
+  linear_body<BITS, GROUP, ZERO, K, SLABS, JOIN, ROWS, EPILOGUE, NORM, WARPS, WARPS_K, STAGES>(
+      weights, x, gain, squares, epsilon, bias, out, squares_out, workspace, row_blocks, outputs);
+}
+
+#if __CUDA_ARCH__ >= 900
+template <int BITS, int GROUP, int ZERO, int K, int SLABS, int ROWS, int EPILOGUE, bool NORM, int WARPS, int WARPS_K,
+          int STAGES>
+__global__ void __launch_bounds__(WARPS * 32, ROWS > 8 ? 2 : 3) __cluster_dims__(1, SLABS, 1)
+    cluster_linear(const u8* weights, const void* x, const float* gain, const float* squares, float epsilon,
+                   const float* bias, void* out, float* squares_out, u8* workspace, int row_blocks, int outputs) {
+  linear_body<BITS, GROUP, ZERO, K, SLABS, CLUSTER, ROWS, EPILOGUE, NORM, WARPS, WARPS_K, STAGES>(
+      weights, x, gain, squares, epsilon, bias, out, squares_out, workspace, row_blocks, outputs);
+}
+#endif

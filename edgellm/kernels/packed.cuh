@@ -1,0 +1,162 @@
+// Weights as edgellm/kernels/packing.py lays them out: from shared memory to operands of an mma.
+#pragma once
+
+#include "common.cuh"
+
+enum Zero { NONE = 0, CENTRED = 1, ZERO_POINT = 2, OFFSET = 3 };
+
+constexpr int ROW_BLOCK = 16;
+
+template <int BITS, int GROUP, int ZERO> struct Panel {
+  static constexpr int COLUMNS = BITS < 16 && GROUP == 128 ? 128 : 64;
+  static constexpr int MMAS = COLUMNS / 16;
+  static constexpr int GROUPS = BITS < 16 ? COLUMNS / GROUP : 1;
+  static constexpr int MMAS_PER_GROUP = MMAS / GROUPS;
+  static constexpr int NUMBER_BYTES = ROW_BLOCK * COLUMNS * BITS / 8;
+  // float16 values that lane g has of a group: scales of rows g and g + 8, then what ZERO asks for.
+  static constexpr int VALUES = ZERO == ZERO_POINT || ZERO == OFFSET ? 4 : 2;
+  static constexpr int SCALE_BYTES = BITS < 16 ? GROUPS * VALUES * 2 * 8 : 0;
+  static constexpr int BYTES = NUMBER_BYTES + SCALE_BYTES;
+  // Operands are not the numbers themselves but float16s that hold them in their low bits: 1024 + q in rows g,
+  // 64 + q in rows g + 8 of 4-bit weights; 1024 + 128 + q of 8-bit ones. Tensor cores sum them exactly enough,
+  // and Σx times the excess, which does not depend on the row, is where an accumulator starts.
+  static constexpr float EXCESS_LOW = BITS == 4 ? 1024.f + (ZERO == CENTRED ? 8.f : 0.f) : 1152.f;
+  static constexpr float EXCESS_HIGH = BITS == 4 ? 64.f + (ZERO == CENTRED ? 8.f : 0.f) : 1152.f;
+};
+
+DEVICE u32 permute_bytes(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
+
+// Operand A of an mma from what a lane holds of it: one word of 4-bit, two of 8-bit, four of 16-bit numbers.
+DEVICE void operand_4(u32 w, u32 (&a)[4]) {
+  const u32 w8 = w >> 8;
+  a[0] = (w & 0x000f000fu) | 0x64006400u;
+  a[1] = (w & 0x00f000f0u) | 0x54005400u;
+  a[2] = (w8 & 0x000f000fu) | 0x64006400u;
+  a[3] = (w8 & 0x00f000f0u) | 0x54005400u;
+}
+
+DEVICE void operand_8(u32 low, u32 high, u32 (&a)[4]) {
+  a[0] = permute_bytes(low, 0x64646464u, 0x4140);
+  a[1] = permute_bytes(high, 0x64646464u, 0x4140);
+  a[2] = permute_bytes(low, 0x64646464u, 0x4342);
+  a[3] = permute_bytes(high, 0x64646464u, 0x4342);
+}
+
+// The operands of two neighbouring mma, PAIR of a panel.
+template <int BITS> struct OperandPair;
+
+template <> struct OperandPair<4> {
+  DEVICE static void load(const u8* panel, int lane, int pair, u32 (&a)[2][4]) {
+    const uint2 w = *(const uint2*)(panel + (pair / 2) * 512 + lane * 16 + (pair % 2) * 8);
+    operand_4(w.x, a[0]);
+    operand_4(w.y, a[1]);
+  }
+};
+
+template <> struct OperandPair<8> {
+  DEVICE static void load(const u8* panel, int lane, int pair, u32 (&a)[2][4]) {
+    const uint4 w = *(const uint4*)(panel + pair * 512 + lane * 16);
+    operand_8(w.x, w.z, a[0]);
+    operand_8(w.y, w.w, a[1]);
+  }
+};
+
+template <> struct OperandPair<16> {
+  DEVICE static void load(const u8* panel, int lane, int pair, u32 (&a)[2][4]) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const uint4 w = *(const uint4*)(panel + (pair * 2 + i) * 512 + lane * 16);
+      a[i][0] = w.x, a[i][2] = w.y, a[i][1] = w.z, a[i][3] = w.w;
+    }
+  }
+};
+
+// Scales and, by ZERO, offsets or zero points of one group, for rows g and g + 8.
+struct GroupValues {
+  float2 scale, zero;
+};
+
+template <class P, int ZERO> DEVICE GroupValues group_values(const u8* panel, int g, int group) {
+  const u8* at = panel + P::NUMBER_BYTES + (g * P::GROUPS + group) * P::VALUES * 2;
+  if constexpr (P::VALUES == 4) {
+    const uint2 v = *(const uint2*)at;
+    return {half2_to_float2(v.x), half2_to_float2(v.y)};
+  } else {
+    return {half2_to_float2(*(const u32*)at), make_float2(0.f, 0.f)};
+  }
+}
+
+// acc[16 × 8·TILES] += panel · x, where x is float16 in shared memory: `x` points at the panel's first column in
+// the lane's row g of the first tile, `tile_stride` elements before that of the second. `sums` are Σx over the
+// panel's groups: of column 2t of the first tile, then 2t + 1; group by group SUMS_STRIDE apart, tiles 8 apart.
+template <int BITS, int GROUP, int ZERO, int TILES, int SUMS_STRIDE>
+DEVICE void multiply_panel(const u8* panel, int lane, const u16* x, int tile_stride, const float* sums,
+                           float (&acc)[TILES][4]) {
+  using P = Panel<BITS, GROUP, ZERO>;
+  const int g = lane >> 2, t = lane & 3;
+  // Two chains hide the latency of dependent mma where there is one tile only.
+  constexpr int CHAINS = TILES == 1 && P::MMAS_PER_GROUP >= 4 ? 2 : 1;
+#pragma unroll
+  for (int group = 0; group < P::GROUPS; group++) {
+    float c[CHAINS][TILES][4];
+    float2 sum[TILES];
+    GroupValues v;
+    if constexpr (BITS < 16) v = group_values<P, ZERO>(panel, g, group);
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) {
+      if constexpr (BITS < 16) {
+        sum[tile] = *(const float2*)(sums + group * SUMS_STRIDE + tile * 8);
+        float low = -P::EXCESS_LOW, high = -P::EXCESS_HIGH;
+        if constexpr (ZERO == ZERO_POINT) low -= v.zero.x, high -= v.zero.y;
+        c[0][tile][0] = low * sum[tile].x, c[0][tile][1] = low * sum[tile].y;
+        c[0][tile][2] = high * sum[tile].x, c[0][tile][3] = high * sum[tile].y;
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; i++) c[0][tile][i] = 0.f;
+      }
+      if constexpr (CHAINS == 2) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) c[1][tile][i] = 0.f;
+      }
+    }
+    if constexpr (GROUP == 16 && BITS < 16) {
+      u32 a[2][4];
+      OperandPair<BITS>::load(panel, lane, group / 2, a);
+#pragma unroll
+      for (int tile = 0; tile < TILES; tile++) {
+        const uint2 b = *(const uint2*)(x + tile * tile_stride + group * 16 + t * 4);
+        mma(c[0][tile], a[group % 2][0], a[group % 2][1], a[group % 2][2], a[group % 2][3], b.x, b.y);
+      }
+    } else {
+#pragma unroll
+      for (int p = 0; p < P::MMAS_PER_GROUP / 2; p++) {
+        const int pair = group * (P::MMAS_PER_GROUP / 2) + p;
+        u32 a[2][4];
+        OperandPair<BITS>::load(panel, lane, pair, a);
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+          const uint4 b = *(const uint4*)(x + tile * tile_stride + pair * 32 + t * 8);
+          mma(c[0][tile], a[0][0], a[0][1], a[0][2], a[0][3], b.x, b.y);
+          mma(c[CHAINS - 1][tile], a[1][0], a[1][1], a[1][2], a[1][3], b.z, b.w);
+        }
+      }
+    }
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        if constexpr (BITS < 16) {
+          const float scale = i < 2 ? v.scale.x : v.scale.y;
+          const float offset = i < 2 ? v.zero.x : v.zero.y;
+          const float s = i % 2 ? sum[tile].y : sum[tile].x;
+#pragma unroll
+          for (int chain = 0; chain < CHAINS; chain++) acc[tile][i] += scale * c[chain][tile][i];
+          if constexpr (ZERO == OFFSET) acc[tile][i] += offset * s;
+        } else {
+#pragma unroll
+          for (int chain = 0; chain < CHAINS; chain++) acc[tile][i] += c[chain][tile][i];
+        }
+      }
+    }
+  }
+}

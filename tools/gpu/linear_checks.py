@@ -1,0 +1,367 @@
+"""Linears on a device: every kind against float64, and how fast they are beside what memory can give.
+
+python tools/gpu/linear_checks.py [--bench]
+"""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from runner import Runner, poisoned
+
+from edgellm.cuda.launch import At, Launch
+from edgellm.kernels.linear import (
+    BUCKETS,
+    COUNTERS_BYTES,
+    Epilogue,
+    Norm,
+    Tuning,
+    decode_linear,
+    shared_bytes,
+    tuned,
+)
+from edgellm.kernels.packing import ROW_BLOCK, PackedShape, Zero, pack, pack_bias, packed_shape
+from edgellm.model.weights import Dense, Grouped, Groups, Weight
+
+TOLERANCE: Final = 1.5e-3
+"""Relative to the norm of the result: x rounds to float16 once, sums are float32."""
+EPSILON: Final = 1e-6
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One linear to check.
+
+    Attributes:
+        name: of the matrix it is taken from.
+        n, k: out and in features (n of each part with SwiGLU).
+        bits, group, zero: of its weights.
+        epilogue, normed, biased: what is around the product.
+    """
+
+    name: str
+    n: int
+    k: int
+    bits: int
+    group: int
+    zero: Zero
+    epilogue: Epilogue
+    normed: bool
+    biased: bool = False
+
+    def __str__(self) -> str:
+        norm, bias = " norm" * self.normed, " bias" * self.biased
+        kind = f"{self.bits} bits in groups of {self.group}, {self.zero}"
+        return f"{self.name} {self.n} × {self.k}, {kind}, {self.epilogue}{norm}{bias}"
+
+
+CASES: Final = (
+    Case("SmolLM2 qkv", 960, 576, 4, 32, "offset", "store", True),
+    Case("SmolLM2 o", 576, 576, 4, 32, "offset", "residual", False),
+    Case("SmolLM2 gate-up", 1536, 576, 4, 32, "offset", "swiglu", True),
+    Case("SmolLM2 down", 576, 1536, 4, 32, "offset", "residual", False),
+    Case("SmolLM2 head", 4099, 576, 8, 32, "none", "logits", True),
+    Case("Qwen2.5-0.5B qkv", 1152, 896, 4, 64, "zero_point", "store", True, True),
+    Case("Qwen2.5-0.5B down", 896, 4864, 4, 128, "zero_point", "residual", False),
+    Case("Qwen2.5-0.5B gate-up", 4864, 896, 4, 128, "centred", "swiglu", True, True),
+    Case("Qwen2.5-7B down", 1024, 18944, 4, 128, "offset", "residual", False),
+    Case("Qwen2.5-7B gate-up", 2048, 3584, 8, 64, "offset", "swiglu", True),
+    Case("Qwen3 qkv", 6144, 4096, 4, 128, "centred", "store", True),
+    Case("Qwen3 o", 4096, 4096, 4, 128, "offset", "residual", False),
+    Case("Qwen3 gate-up", 3072, 4096, 4, 128, "centred", "swiglu", True),
+    Case("Qwen3 down", 4096, 12288, 4, 128, "centred", "residual", False),
+    Case("Qwen-7B down", 1024, 11008, 8, 128, "zero_point", "residual", False, True),
+    Case("head Q6_K", 3000, 4096, 8, 16, "none", "logits", True),
+    Case("MoE down", 2048, 768, 4, 16, "offset", "store", False),
+    Case("dense", 1000, 2048, 16, 64, "none", "store", True, True),
+    Case("dense o", 576, 576, 16, 64, "none", "residual", False),
+)
+
+
+def random_weight(rng: np.random.Generator, case: Case, name: str) -> Weight:
+    """A weight of a case's kind, about as large as a model's."""
+    n, k, group = case.n, case.k, case.group
+    if case.bits == 16:
+        values = (rng.standard_normal((n, k), np.float32) * 0.02).astype(np.float16).astype(np.float32)
+        return Dense(name, (n, k), "f16", lambda begin, end: values[begin:end])
+    q: Array
+    if case.bits == 4:
+        q = rng.integers(0, 16, (n, k), np.uint8)
+    else:
+        q = rng.integers(-128, 128, (n, k), np.int8)
+    spread = 0.02 / (4.6 if case.bits == 4 else 74)
+    scale = (rng.uniform(0.5, 1.5, (n, k // group)) * spread).astype(np.float16).astype(np.float32)
+    offset = zero = None
+    if case.zero == "offset":
+        middle = 7.5 if case.bits == 4 else 0.0
+        halves = (-middle * scale + 0.02 * rng.standard_normal(scale.shape)).astype(np.float16)
+        offset = halves.astype(np.float32)
+    elif case.zero == "centred":
+        zero = np.full(scale.shape, 8, np.uint8)
+    elif case.zero == "zero_point":
+        zero = rng.integers(-1, 17, scale.shape).astype(np.int16)
+    groups = Groups(q, scale, offset, zero)
+    bits: Any = case.bits
+    return Grouped(
+        name,
+        (n, k),
+        bits,
+        group,
+        case.zero != "none",
+        groups.rows,
+        centred=case.zero == "centred",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """Weights of a case: as packed, and dequantized in float64."""
+
+    shape: PackedShape
+    packed: Array
+    bias: Array | None
+    values: Array
+    bias_values: Array
+
+
+def make_matrix(rng: np.random.Generator, case: Case) -> Matrix:
+    """Fresh random weights."""
+    count = 2 if case.epilogue == "swiglu" else 1
+    parts = [random_weight(rng, case, f"part {i}") for i in range(count)]
+    shape = packed_shape(parts, swiglu=count == 2)
+    assert (shape.bits, shape.zero) == (case.bits, case.zero), shape
+    biases: list[Weight | None] = [None] * count
+    bias_values = np.zeros(count * case.n)
+    if case.biased:
+        bias_values = rng.standard_normal(count * case.n).astype(np.float32).astype(np.float64)
+        for i in range(count):
+            part = bias_values[i * case.n : (i + 1) * case.n].astype(np.float32)
+            biases[i] = Dense("bias", (case.n,), "f32", lambda begin, end, v=part: v[begin:end])  # type: ignore[misc]
+    return Matrix(
+        shape,
+        np.concatenate(list(pack(parts, shape))),
+        pack_bias(biases, parts, shape),
+        np.concatenate([part.dequantize() for part in parts]).astype(np.float64),
+        bias_values,
+    )
+
+
+def expected(case: Case, matrix: Matrix, x: Array, gain: Array, old: Array) -> Array:
+    """The linear in float64; with a norm x is the residual."""
+    x = x.astype(np.float64)
+    if case.normed:
+        x = x / np.sqrt((x * x).mean(-1, keepdims=True) + EPSILON) * gain
+    y: Array = x @ matrix.values.T + matrix.bias_values
+    if case.epilogue == "swiglu":
+        gate, up = y[:, : case.n], y[:, case.n :]
+        y = gate / (1 + np.exp(-gate)) * up
+    return y + old if case.epilogue == "residual" else y
+
+
+def check(
+    runner: Runner, rng: np.random.Generator, case: Case, matrix: Matrix, *, rows: int, cut: Tuning
+) -> list[str]:
+    """What is wrong with one linear; nothing, if all is well."""
+    shape = matrix.shape
+    # One residual in 500 is a hundred times as large: real models have such.
+    x = rng.standard_normal((rows, case.k), np.float32)
+    if case.normed:
+        x *= np.where(rng.random(x.shape) < 0.002, 300.0, 1.0).astype(np.float32) * 30
+    else:
+        x = x.astype(np.float16)
+    gain = (1 + 0.1 * rng.standard_normal(case.k)).astype(np.float32)
+    residual = case.epilogue == "residual"
+    out_type = np.float32 if case.epilogue in ("residual", "logits") else np.float16
+    old = rng.standard_normal((rows, shape.outputs)).astype(np.float32)
+    workspace = COUNTERS_BYTES + cut.slabs * shape.row_blocks * rows * ROW_BLOCK * 4
+    arrays: dict[str, Array] = {
+        "weights": matrix.packed,
+        "x": x,
+        "gain": gain,
+        "squares": (x.astype(np.float32) ** 2).reshape(rows, -1, 16).sum(-1, dtype=np.float32),
+        "out": old if residual else poisoned((rows, shape.outputs), out_type),
+        "squares_out": poisoned((rows, shape.row_blocks), np.float32),
+        "workspace": np.zeros(workspace, np.uint8),
+        "bias": np.zeros(1, np.float32) if matrix.bias is None else matrix.bias,
+    }
+    launches = decode_linear(
+        shape,
+        rows=rows,
+        device=runner.device,
+        x=At("x"),
+        norm=Norm(At("gain"), EPSILON, At("squares")) if case.normed else None,
+        weights=At("weights"),
+        bias=None if matrix.bias is None else At("bias"),
+        epilogue=case.epilogue,
+        out=At("out"),
+        workspace=At("workspace"),
+        squares=At("squares_out") if residual else None,
+        tuning=cut,
+    )
+    # Twice over: the second finds the counters as the first left them.
+    got = runner.run(launches if residual else launches * 2, arrays)
+    want = expected(case, matrix, x, gain, old)
+    out = got["out"].astype(np.float64)
+    error = float(np.linalg.norm(out - want) / np.linalg.norm(want - old * residual))
+    wrong = []
+    if not error <= TOLERANCE:
+        wrong.append(f"{case}, {rows} rows, {cut}: error {error:.2e}")
+    if got["workspace"][:COUNTERS_BYTES].any():
+        wrong.append(f"{case}, {rows} rows: counters are left at other values than 0")
+    if residual and shape.outputs % ROW_BLOCK == 0:
+        squares = (got["out"].astype(np.float64) ** 2).reshape(rows, -1, ROW_BLOCK).sum(-1)
+        if not np.allclose(got["squares_out"], squares, rtol=1e-5):
+            wrong.append(f"{case}, {rows} rows: sums of squares differ")
+    ERRORS.append(error)
+    return wrong
+
+
+ERRORS: list[float] = []
+
+
+def cuts(shape: PackedShape, rows: int, runner: Runner) -> Iterator[Tuning]:
+    """What the device takes, and other ways that other devices would take."""
+    device = runner.device
+    best = tuned(shape, rows=rows, device=device)
+    yield best
+    if shape.panels > 2:
+        for join in ("last_block", *(("cluster",) if device.has_dependent_launch else ())):
+            other = replace(best, slabs=2, join=join, blocks=max(1, min(best.blocks, 7)), warps_k=4, stages=3)
+            if shared_bytes(shape, rows, other) <= device.shared_per_block:
+                yield other
+
+
+def checks(runner: Runner, seed: int, cases: Sequence[Case] = CASES) -> list[str]:
+    """Every case in every bucket; what is wrong."""
+    rng = np.random.default_rng(seed)
+    wrong: list[str] = []
+    made = [(case, make_matrix(rng, case)) for case in cases]
+    todo = [
+        (case, matrix, rows, cut)
+        for case, matrix in made
+        for rows in BUCKETS
+        for cut in cuts(matrix.shape, rows, runner)
+    ]
+    runner.prepare(launch for item in todo for launch in _launches(runner, *item))
+    for case, matrix, rows, cut in todo:
+        wrong += check(runner, rng, case, matrix, rows=rows, cut=cut)
+    return wrong
+
+
+def _launches(runner: Runner, case: Case, matrix: Matrix, rows: int, cut: Tuning) -> list[Launch]:
+    return decode_linear(
+        matrix.shape,
+        rows=rows,
+        device=runner.device,
+        x=At("x"),
+        norm=Norm(At("gain"), EPSILON, At("squares")) if case.normed else None,
+        weights=At("weights"),
+        bias=None,
+        epilogue=case.epilogue,
+        out=At("out"),
+        workspace=At("workspace"),
+        tuning=cut,
+    )
+
+
+QWEN3_8B: Final = {
+    "qkv": ((6144, 4096), "store", True),
+    "o": ((4096, 4096), "residual", False),
+    "gate-up": ((24576, 4096), "swiglu", True),
+    "down": ((4096, 12288), "residual", False),
+    "head": ((151936, 4096), "logits", True),
+}
+"""Its linears: (n, k), epilogue, whether a norm is in front."""
+ROTATED_BYTES: Final = 200 << 20
+"""Of different weights in one measurement: more than any L2 holds."""
+
+
+class LinearBench:
+    """Linears of one model's shapes over random weights."""
+
+    def __init__(self, runner: Runner, zero: Zero = "offset", group: int = 128) -> None:
+        self.runner = runner
+        self.shapes = {
+            name: PackedShape(n, k, 4, group, zero, epilogue == "swiglu")
+            for name, ((n, k), epilogue, _) in QWEN3_8B.items()
+        }
+        widest = 16 * 151936 * 4
+        for name in ("x", "out", "gain", "squares", "squares_out"):
+            runner.allocate(name, widest if name == "out" else 16 * 12288 * 4)
+            self._zeros(name, widest if name == "out" else 16 * 12288 * 4)
+        runner.allocate("workspace", 64 << 20)
+        self._zeros("workspace", 64 << 20)
+        self.copies: dict[str, int] = {}
+
+    def _zeros(self, name: str, size: int) -> None:
+        self.runner.driver.call("cuMemsetD8", self.runner.address(At(name)), 0, size)
+
+    def fill(self, name: str, copies: int | None = None) -> int:
+        """Weights of a linear, several different ones; how many."""
+        shape = self.shapes[name]
+        count = copies or -(-ROTATED_BYTES // shape.nbytes)
+        self.copies[name] = count
+        base = self.runner.allocate(name, shape.nbytes * count)
+        rng = np.random.default_rng(1)
+        panels = min(shape.row_blocks * shape.panels, 8192)
+        block = rng.integers(0, 256, (panels, shape.panel_bytes), np.uint8)
+        block[:, shape.number_bytes :] = np.array([0x211F], "<u2").view(np.uint8)[0]
+        self.runner.driver.call("cuMemcpyHtoD", base, block.ctypes.data, block.nbytes)
+        done, total = block.nbytes, shape.nbytes * count
+        while done < total:
+            size = min(done, total - done)
+            self.runner.driver.call("cuMemcpyDtoD", base + done, base, size)
+            done += size
+        return count
+
+    def launches(self, name: str, rows: int, copy: int, cut: Tuning | None = None) -> list[Launch]:
+        """One linear of the model."""
+        shape = self.shapes[name]
+        _, epilogue, normed = QWEN3_8B[name]
+        return decode_linear(
+            shape,
+            rows=rows,
+            device=self.runner.device,
+            x=At("x"),
+            norm=Norm(At("gain"), EPSILON, At("squares")) if normed else None,
+            weights=At(name, copy * shape.nbytes),
+            bias=None,
+            epilogue=epilogue,  # type: ignore[arg-type]
+            out=At("out"),
+            workspace=At("workspace"),
+            squares=At("squares_out") if epilogue == "residual" else None,
+            tuning=cut,
+        )
+
+    def time(self, name: str, rows: int, cut: Tuning | None = None, *, early: bool = True) -> float:
+        """µs of one linear among others of its kind."""
+        count = self.copies[name]
+        launches = [launch for i in range(count) for launch in self.launches(name, rows, i, cut)]
+        return self.runner.time(launches, early=early) / count
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=None)
+    options = parser.parse_args()
+    seed = secrets.randbits(32) if options.seed is None else options.seed
+    runner = Runner()
+    wrong = checks(runner, seed)
+    for line in wrong:
+        print(line)
+    print(f"linears: {len(ERRORS)} checked, largest error {max(ERRORS):.1e}, {len(wrong)} wrong, seed {seed}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
