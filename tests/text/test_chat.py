@@ -197,7 +197,7 @@ def test_what_newer_templates_use() -> None:
     assert _render("{% generation %}{% set x = 1 %}a{% endgeneration %}{{ x }}") == "a"
     assert _render("{{ strftime_now('%Y') }}").isdigit()
     assert _render("{{ [1, {'b': 'ä'}] | tojson(indent=2) }}") == '[\n  1,\n  {\n    "b": "ä"\n  }\n]'
-    roles = "{{ messages | map(attribute='role') | join(', ') }}{{ messages | selectattr('role') | list | count }}"
+    roles = "{{ messages | map(attribute='role') | join(', ') }}{{ messages | selectattr('role') | count }}"
     assert _render(roles) == "user1"
     assert (
         _render(
