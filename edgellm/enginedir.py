@@ -6,6 +6,7 @@
     tokenizer_config.json   the special tokens' text, for the chat template
     chat_template.jinja     absent if the checkpoint has none
     generation_config.json  Hugging Face's: bos and eos ids
+    quantization.json       what `edgellm build --quant` cost (`quantize/report.py`); absent without
 
 Every file's size and SHA-256 is in config.json, and config.json holds its own: the SHA-256 of its bytes with
 the 64 digits of that very field set to 0. A directory without a config.json is no engine; it is written last.
@@ -69,6 +70,7 @@ TOKENIZER: Final = "tokenizer.json"
 TOKENIZER_CONFIG: Final = "tokenizer_config.json"
 CHAT_TEMPLATE: Final = "chat_template.jinja"
 GENERATION_CONFIG: Final = "generation_config.json"
+QUANTIZATION: Final = "quantization.json"
 
 _CHUNK_BYTES: Final = 1 << 20
 _AT_FDCWD: Final = -100

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from edgellm.commands.quantizing import QuantizedBuild, add_flags
+
 if TYPE_CHECKING:
     from edgellm.checkpoint import Checkpoint
     from edgellm.enginedir import BuildConfig, EngineConfig
@@ -66,6 +68,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="NAME",
         help="what to call the model (default: the file's or directory's name)",
     )
+    add_flags(parser)
     parser.set_defaults(run=run)
 
 
@@ -89,12 +92,19 @@ def run(args: argparse.Namespace) -> int:
         max_seq_len=args.max_seq_len,
         max_num_tokens=args.max_num_tokens,
     )
-    config = _engine_config(args, checkpoint, build)
+    quantized = QuantizedBuild.from_flags(args, checkpoint)
+    if quantized is not None:
+        checkpoint = quantized.checkpoint
     for draft in remove_abandoned_drafts(args.output.resolve()):
         print(f"removed {draft}, left by a build that was killed", file=sys.stderr)
     with _sigterm_raises(), progress_bar() as progress, new_engine(args.output) as draft:
         _write_text(checkpoint, draft)
+        if quantized is not None:
+            quantized.calibrate(draft, progress)
+        config = _engine_config(args, checkpoint, build)
         hashed = _write_network(args, checkpoint, draft, build, progress)
+        if quantized is not None:
+            quantized.write_report(draft, progress)
         progress("checksums", 1.0)
         config = seal(draft, config, hashed)
     size = sum(record.bytes for record in config.edgellm.files.values())
@@ -103,6 +113,8 @@ def run(args: argparse.Namespace) -> int:
         f"{build.slots}, steps of {build.max_num_tokens}, "
         f"{args.executor} {args.compute}, built in {time.monotonic() - started:.1f} s"
     )
+    if quantized is not None:
+        quantized.show_report()
     return 0
 
 
