@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from ggufs import Llama
-from test_vocabularies import GOLDEN, LEGACY, MODEL, RANKS, load
+from vocabularies import GOLDEN, LEGACY, MODEL, RANKS, load
 
 from edgellm.checkpoint.gguf_model import GgufCheckpoint
 from edgellm.checkpoint.huggingface_config import ConfigFile

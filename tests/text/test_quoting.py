@@ -8,8 +8,7 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from test_tokenizer import TINY
-from test_vocabularies import QWEN, SPM, load
+from vocabularies import QWEN, SPM, TINY, load
 
 from edgellm.errors import BadRequest
 from edgellm.text.chat import ChatTemplate
