@@ -1,7 +1,7 @@
 """The SHA-256 of a file that is still being written: reading a large one again at the end takes as long.
 
-What has been hashed is also sent to the disk. Left to itself, Linux begins when a tenth of the memory is to be
-written, and the fsync at the end waits for all of that.
+What has been hashed is also sent to the disk. Left to itself, Linux begins when a tenth of the memory is to
+be written, and the fsync at the end waits for all of that.
 """
 
 from __future__ import annotations
