@@ -83,7 +83,7 @@ class Gptq:
             raise config.unsupported(key)
         if config.values.get("pack_dtype") not in (None, "int32"):
             raise config.unsupported("pack_dtype")
-        # GPTQModel: "-:" before a pattern of layers leaves these out, which their tensors show; other patterns
+        # GPTQModel: "-:" before a pattern leaves layers out, which their tensors show; other patterns
         # give them bits and groups of their own.
         dynamic = config.section("dynamic")
         if dynamic is not None and not all(pattern.startswith("-:") for pattern in dynamic.values):
