@@ -13,7 +13,19 @@ from typing import NoReturn
 from edgellm import __version__
 from edgellm.errors import OperatorError, RequestError, UsageError
 
-COMMANDS = ("serve", "chat", "top", "build", "inspect", "plan", "fetch", "bench", "doctor", "keygen")
+COMMANDS = (
+    "serve",
+    "chat",
+    "top",
+    "build",
+    "inspect",
+    "tokenize",
+    "plan",
+    "fetch",
+    "bench",
+    "doctor",
+    "keygen",
+)
 
 OUTPUT_FAILED = 74
 """sysexits(3): an error occurred while doing I/O on some file."""

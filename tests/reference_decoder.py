@@ -5,18 +5,57 @@ Only the scaled rotary frequencies are edgellm's own; `tests/model/test_rotary.p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm.checkpoint.base import Checkpoint
 from edgellm.model.rotary import Rotary, make_rotary
+from edgellm.model.spec import ModelSpec
 
 Array = NDArray[np.float64]
 
 
-def reference_logits(checkpoint: Checkpoint, tokens: Sequence[int]) -> Array:
+class Tensors(Protocol):
+    """What the decoder needs of a checkpoint."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+    def has(self, name: str) -> bool: ...
+    def tensor(self, name: str) -> Dequantized: ...
+
+
+class Dequantized(Protocol):
+    """A weight."""
+
+    def dequantize(self) -> NDArray[np.float32]: ...
+
+
+@dataclass(frozen=True)
+class Given:
+    """Weights of another origin than edgellm's readers."""
+
+    spec: ModelSpec
+    weights: Mapping[str, NDArray[np.float32]]
+
+    def has(self, name: str) -> bool:
+        return name in self.weights
+
+    def tensor(self, name: str) -> Dequantized:
+        return _Values(self.weights[name])
+
+
+@dataclass(frozen=True)
+class _Values:
+    values: NDArray[np.float32]
+
+    def dequantize(self) -> NDArray[np.float32]:
+        return self.values
+
+
+def reference_logits(checkpoint: Tensors, tokens: Sequence[int]) -> Array:
     """Logits float64 [T, vocab] of every position, from dequantized weights."""
     spec = checkpoint.spec
 

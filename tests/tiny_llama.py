@@ -4,7 +4,7 @@ transformers."""
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,11 +148,36 @@ class TinyLlama:
         writer.add_token_types(token_types())
         writer.add_token_merges(MERGES)
         writer.add_eos_token_id(2)
+        for name, kind, stored in self._stored_in_gguf(linear, embedding, others or {}):
+            writer.add_tensor(_gguf_name(name), stored, raw_dtype=gguf.GGMLQuantizationType[kind])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
+
+    def gguf_weights(
+        self, linear: str, embedding: str, others: Mapping[str, str] | None = None
+    ) -> dict[str, Array]:
+        """The weights of that file, as the `gguf` package dequantizes them; canonical, like `weights`."""
+        import gguf
+
+        joined = {}
+        for name, kind, stored in self._stored_in_gguf(linear, embedding, others or {}):
+            values = gguf.quants.dequantize(stored, gguf.GGMLQuantizationType[kind])
+            joined[name] = self._as_gguf(name, values.astype(np.float32), back=True)
+        return self.parted(joined)
+
+    def _stored_in_gguf(
+        self, linear: str, embedding: str, others: Mapping[str, str]
+    ) -> Iterator[tuple[str, str, NDArray[Any]]]:
+        """Name, type and what is stored; joined as the file joins them."""
+        import gguf
+
         for index, (name, values) in enumerate(self._gguf_tensors().items()):
             unquantized = values.ndim == 1 or name.endswith("mlp.gate")
             kind = "F32" if unquantized else embedding if name == "embed_tokens" else linear
-            kind = (others or {}).get(name.rsplit(".", 1)[-1], kind)
-            dtype = gguf.GGMLQuantizationType[kind]
+            kind = others.get(name.rsplit(".", 1)[-1], kind)
             if kind.endswith("_K"):
                 # The package cannot quantize to these; other random values of the same size do as well.
                 *rows, columns = values.shape
@@ -160,13 +185,22 @@ class TinyLlama:
                 stored = random_blocks(kind, shape, 2 / np.sqrt(columns), self.seed + index)
                 stored = stored.reshape(*rows, -1)
             else:
-                stored = gguf.quants.quantize(self._as_gguf(name, values), dtype)
-            writer.add_tensor(_gguf_name(name), stored, raw_dtype=dtype)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return path
+                stored = gguf.quants.quantize(self._as_gguf(name, values), gguf.GGMLQuantizationType[kind])
+            yield name, kind, stored
+
+    def parted(self, joined: Mapping[str, Array]) -> dict[str, Array]:
+        """Canonical weights of tensors that are joined as `joined_qkv` or a GGUF file's experts are."""
+        canonical: dict[str, Array] = {}
+        for name, values in joined.items():
+            if "qkv_proj" in name:
+                for part, some in zip("qkv", np.split(values, 3), strict=True):
+                    canonical[name.replace("qkv", part)] = some
+            elif values.ndim == 3:
+                layer, part = name.split(".experts.")
+                canonical |= {f"{layer}.experts.{e}.{part}": some for e, some in enumerate(values)}
+            else:
+                canonical[name] = values
+        return canonical
 
     def _gguf_tensors(self) -> dict[str, Array]:
         return joined_qkv(self.weights()) if self.family == "Qwen" else _stacked_experts(self.weights())
@@ -200,12 +234,13 @@ class TinyLlama:
             "decoder_sparse_step": 1,
         }
 
-    def _as_gguf(self, name: str, values: Array) -> Array:
+    def _as_gguf(self, name: str, values: Array, *, back: bool = False) -> Array:
         """Rows of llama's q and k in llama.cpp's order (convert_hf_to_gguf.py, `LlamaModel.permute`)."""
         heads = {"q_proj": self.heads, "k_proj": self.kv_heads}.get(name.rsplit(".", 1)[-1])
         if heads is None or ARCHITECTURES[self.family] != "llama":
             return values
-        split = values.reshape(heads, 2, self.head_size // 2, -1)
+        halves = (self.head_size // 2, 2) if back else (2, self.head_size // 2)
+        split = values.reshape(heads, *halves, -1)
         return np.ascontiguousarray(split.swapaxes(1, 2).reshape(values.shape))
 
     def _add_scaling(self, writer: Any) -> None:

@@ -42,8 +42,6 @@ from edgellm.quantize.text import CALIBRATION_TOKENS, cut
 from edgellm.quantize.wrapped import WrappedCheckpoint
 from edgellm.text.tokenizer import Tokenizer
 
-SEQUENCES: Final = 16
-LENGTH: Final = 128
 RESAMPLES: Final = 10_000
 
 QUANTIZE: Final = """
@@ -118,9 +116,9 @@ def _compare(args: argparse.Namespace, scratch: Path) -> int:
     tokenizer_file = scratch / "tokenizer.json"
     tokenizer_file.write_bytes(model.tokenizer_json())
     tokenizer = Tokenizer.from_file(tokenizer_file)
-    longest = min(LENGTH, model.spec.max_context)
+    longest = min(args.length, model.spec.max_context)
     tokens = tokenizer.encode(args.text.read_text(encoding="utf-8"))
-    begins = np.linspace(0, len(tokens) - longest, SEQUENCES).astype(int)
+    begins = np.linspace(0, len(tokens) - longest, args.sequences).astype(int)
     sequences = np.stack([tokens[begin : begin + longest] for begin in begins])
     exact = _log_probabilities(model, sequences)
 
@@ -329,6 +327,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--calibrate", type=Path, help="to calibrate on; without, nothing is calibrated")
     parser.add_argument("--llama-python", required=True, help="interpreter that has llama-cpp-python")
     parser.add_argument("--noise", type=float, default=0.0)
+    parser.add_argument("--sequences", type=int, default=16, metavar="N")
+    parser.add_argument("--length", type=int, default=128, metavar="N", help="tokens of a sequence")
     parser.add_argument("--markdown", action="store_true")
     return parser.parse_args(argv)
 

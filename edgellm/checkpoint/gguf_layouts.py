@@ -152,7 +152,8 @@ def _f16(raw: Bytes) -> Float:
 
 
 def _bf16(raw: Bytes) -> Float:
-    return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    values: Float = np.left_shift(raw.view("<u2"), np.uint32(16), dtype=np.uint32).view(np.float32)
+    return values
 
 
 def _q4_0(blocks: Bytes) -> Groups:

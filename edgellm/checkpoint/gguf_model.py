@@ -18,7 +18,7 @@ from edgellm.errors import CheckpointError
 from edgellm.model.quantization import Quantization
 from edgellm.model.spec import ModelSpec
 from edgellm.model.weights import Grouped, Weight
-from edgellm.text.bpe import CONTROL, BpeVocabulary
+from edgellm.text.bpe import CONTROL, NORMAL, USER_DEFINED, BpeVocabulary
 from edgellm.text.sentencepiece import SentencePieceVocabulary
 
 END_OF_ANSWER: Final = frozenset(
@@ -181,6 +181,11 @@ def _vocabulary(file: GgufFile, spec: ModelSpec) -> BpeVocabulary | SentencePiec
             f"{file.path}: tokenizer.ggml.token_type has {len(types)} entries for {spec.vocab_size} tokens"
         )
     tokens = file.strings("tokenizer.ggml.tokens")
+    # Some converters have made them words; llama.cpp corrects that, too (llama-vocab.cpp, special_eog_ids).
+    types = [
+        CONTROL if token in END_OF_ANSWER and kind in (NORMAL, USER_DEFINED) else kind
+        for token, kind in zip(tokens, types, strict=True)
+    ]
     # Of the keys that may be absent, llama.cpp's defaults.
     if model == "llama":
         scores = file.reals("tokenizer.ggml.scores")

@@ -97,7 +97,7 @@ def floats(model: SafetensorsModel, name: str, rows: slice = ALL, columns: slice
     """
     raw = model.read(name, rows, columns)
     if model.tensors[name].dtype == "BF16":
-        raw = (raw.astype(np.uint32) << 16).view(np.float32)
+        raw = np.left_shift(raw, np.uint32(16), dtype=np.uint32).view(np.float32)
     values: Float = raw.astype(np.float32, copy=False)
     # A sum is NaN or infinite if any term is; only then is it worth the memory to look at each. (Sums of
     # finite float32 values can overflow too, which the second look clears.)

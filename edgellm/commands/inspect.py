@@ -50,6 +50,7 @@ class Report:
         name: the model's.
         architecture: Hugging Face's class name.
         parameters: numbers in all tensors; a tied head counts once.
+        active_parameters: of them, those that a token goes through, where it does not go through all.
         stored_bytes: of the tensors on disk.
         bits_per_weight: the quotient of these.
         quantization: TensorRT-LLM's name of how most linear layers are stored.
@@ -67,6 +68,7 @@ class Report:
     name: str | None = None
     architecture: str | None = None
     parameters: int | None = None
+    active_parameters: int | None = None
     stored_bytes: int | None = None
     bits_per_weight: float | None = None
     quantization: str | None = None
@@ -137,6 +139,7 @@ def _checkpoint(path: Path) -> Report:
         name=checkpoint.name,
         architecture=checkpoint.spec.architecture,
         parameters=parameters,
+        active_parameters=_active(weights, checkpoint.spec),
         stored_bytes=checkpoint.stored_bytes,
         bits_per_weight=_bits(checkpoint.stored_bytes, parameters),
         quantization=checkpoint.quantization.quant_algo,
@@ -164,6 +167,7 @@ def _engine(path: Path) -> Report:
         name=engine.model_name,
         architecture=spec.architecture,
         parameters=parameters,
+        active_parameters=_active(weights, spec),
         stored_bytes=stored,
         bits_per_weight=_bits(stored, parameters),
         quantization=config.pretrained_config.quantization.quant_algo,
@@ -197,6 +201,15 @@ def _compile_template(checkpoint: Checkpoint) -> None:
 
 def _parameters(weights: Sequence[Matrices], spec: ModelSpec) -> int:
     return sum(each.elements for each in _once(weights, spec))
+
+
+def _active(weights: Sequence[Matrices], spec: ModelSpec) -> int | None:
+    if spec.moe is None or not weights:
+        return None
+    experts = sum(each.elements for each in weights if each.role == "expert")
+    return _parameters(weights, spec) - experts // spec.moe.num_experts * (
+        spec.moe.num_experts - spec.moe.top_k
+    )
 
 
 def _bits(stored: int, parameters: int | None) -> float | None:
@@ -242,7 +255,9 @@ def _as_text(report: Report) -> str:
     if report.name is not None:
         rows += [("name", report.name), ("architecture", report.architecture or "")]
     if report.parameters is not None:
-        rows.append(("parameters", f"{report.parameters:,}"))
+        active = report.active_parameters
+        of_a_token = "" if active is None else f", of which a token goes through {active:,}"
+        rows.append(("parameters", f"{report.parameters:,}{of_a_token}"))
     if report.stored_bytes is not None:
         each = "" if report.bits_per_weight is None else f", {report.bits_per_weight:.2f} bits a weight"
         rows.append(("stored", show_size(report.stored_bytes) + each))

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgellm.commands.quantizing import add_recipe_flags, recipe_of
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -64,6 +66,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--root", type=Path, default=Path("/"), metavar="DIR", help="where /proc is (default /)"
     )
+    add_recipe_flags(parser)
     parser.set_defaults(run=run)
 
 
@@ -114,11 +117,14 @@ def _subject(args: argparse.Namespace) -> Subject:
 def _engine(args: argparse.Namespace) -> Subject:
     from edgellm.commands.build import build_config
     from edgellm.enginedir import open_engine
+    from edgellm.errors import UsageError
     from edgellm.memory.plan import Shape, with_tokens
     from edgellm.memory.promise import footprint_of
     from edgellm.server_config import ServerConfig
 
     engine = open_engine(args.path)
+    if recipe_of(args) is not None:
+        raise UsageError(f"--quant {args.quant} goes with a checkpoint; {args.path} is an engine")
     asked = {name: getattr(args, name) for name in SIZES}
     sizes = {name: getattr(engine.build, name) if size is None else size for name, size in asked.items()}
     shape = Shape(**sizes)
@@ -144,9 +150,13 @@ def _checkpoint(args: argparse.Namespace) -> Subject:
     from edgellm.memory.cpu import CpuFootprint
     from edgellm.memory.plan import Shape
     from edgellm.model.inventory import take_inventory
+    from edgellm.quantize.checkpoint import QuantizedCheckpoint
 
     refuse_model_name(args.path)
     checkpoint = open_checkpoint(args.path)
+    recipe = recipe_of(args)
+    if recipe is not None:
+        checkpoint = QuantizedCheckpoint(checkpoint, recipe)
     build = build_config(checkpoint.spec, **{name: getattr(args, name) for name in SIZES})
     return Subject(
         checkpoint.name,

@@ -13,11 +13,30 @@ if TYPE_CHECKING:
     from edgellm.checkpoint import Checkpoint
     from edgellm.executor.base import Progress
     from edgellm.model.numpy_graph import Tokens
+    from edgellm.quantize.recipe import Recipe
     from edgellm.quantize.report import Matrix, QuantizationReport
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add what an unquantized checkpoint can be quantized with."""
+    flags = add_recipe_flags(parser)
+    flags.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="TEXTFILE",
+        help="text like what the model will meet: what matters to it is quantized with less error; without "
+        "--evaluate its last fifth is held out and compared on",
+    )
+    flags.add_argument(
+        "--evaluate",
+        type=Path,
+        metavar="TEXTFILE",
+        help="text on which to compare the quantized with the unquantized model",
+    )
+
+
+def add_recipe_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add what says how a quantized weight is stored."""
     flags = parser.add_argument_group("quantizing", "of an unquantized checkpoint (docs/models.md)")
     flags.add_argument(
         "--quant",
@@ -36,19 +55,28 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         choices=("none", "int4", "int8"),
         help="bits of the embedding and the head (default int8)",
     )
-    flags.add_argument(
-        "--calibrate",
-        type=Path,
-        metavar="TEXTFILE",
-        help="text like what the model will meet: what matters to it is quantized with less error; without "
-        "--evaluate its last fifth is held out and compared on",
-    )
-    flags.add_argument(
-        "--evaluate",
-        type=Path,
-        metavar="TEXTFILE",
-        help="text on which to compare the quantized with the unquantized model",
-    )
+    return flags
+
+
+def recipe_of(args: argparse.Namespace) -> Recipe | None:
+    """What the flags ask for; None for `--quant none`.
+
+    Raises:
+        UsageError: flags that want --quant without it.
+    """
+    from edgellm.errors import UsageError
+    from edgellm.quantize.recipe import DEFAULT_GROUP_SIZE, Recipe
+
+    if args.quant != "none":
+        return Recipe(
+            linear=args.quant, ends=args.quant_head or "int8", group=args.group_size or DEFAULT_GROUP_SIZE
+        )
+    for flag in ("group_size", "quant_head", "calibrate", "evaluate"):
+        value = getattr(args, flag, None)
+        if value is not None:
+            name = flag.replace("_", "-")
+            raise UsageError(f"--{name} {value} goes with --quant int4 or --quant int8")
+    return None
 
 
 class QuantizedBuild:
@@ -58,14 +86,11 @@ class QuantizedBuild:
         checkpoint: gives quantized weights.
     """
 
-    def __init__(self, args: argparse.Namespace, checkpoint: Checkpoint) -> None:
+    def __init__(self, args: argparse.Namespace, checkpoint: Checkpoint, recipe: Recipe) -> None:
         from edgellm.quantize.checkpoint import QuantizedCheckpoint
-        from edgellm.quantize.recipe import DEFAULT_GROUP_SIZE, Recipe
         from edgellm.quantize.text import read_text, split_text
 
-        self._recipe = Recipe(
-            linear=args.quant, ends=args.quant_head or "int8", group=args.group_size or DEFAULT_GROUP_SIZE
-        )
+        self._recipe = recipe
         self._unquantized = checkpoint
         self.checkpoint = QuantizedCheckpoint(checkpoint, self._recipe)
         self._text = self._held_out_text = None
@@ -92,16 +117,8 @@ class QuantizedBuild:
             UsageError: flags that want --quant without it, groups that do not fit, or a text that cannot be
                 read.
         """
-        from edgellm.errors import UsageError
-
-        if args.quant != "none":
-            return cls(args, checkpoint)
-        for flag in ("group_size", "quant_head", "calibrate", "evaluate"):
-            value = getattr(args, flag)
-            if value is not None:
-                name = flag.replace("_", "-")
-                raise UsageError(f"--{name} {value} goes with --quant int4 or --quant int8")
-        return None
+        recipe = recipe_of(args)
+        return None if recipe is None else cls(args, checkpoint, recipe)
 
     def calibrate(self, draft: Path, progress: Progress) -> None:
         """Find what the text of --calibrate says, if there is one.

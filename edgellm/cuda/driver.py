@@ -202,7 +202,8 @@ class Driver:
         module = self.call("cuModuleLoadData", image)
         self._modules.append(module)
         function = self.call("cuModuleGetFunction", module, name.encode())
-        if shared > 48 << 10:
+        if shared:
+            # Beyond 48 KiB it must be asked for; what the kernel declares itself counts, too.
             attribute = self._api.CUfunction_attribute(_MAX_DYNAMIC_SHARED)
             self.call("cuFuncSetAttribute", function, attribute, shared)
         return function

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgellm.cuda.launch import At, Kernel, Launch
 from edgellm.errors import BuildError
-from edgellm.model.weights import Dense, Grouped, Weight
+from edgellm.model.weights import Dense, Weight
 
 _SOURCE: Final = "elementwise.cu"
 _THREADS: Final = 128
@@ -82,27 +82,28 @@ def table_of(weight: Weight) -> Table:
     return Table("int8" if weight.bits == 8 else "int4", vocab, hidden, weight.group, weight.asymmetric)
 
 
-def table_elements(weight: Weight) -> Iterator[NDArray[np.uint8]]:
-    """The table's elements as bytes, some rows at a time."""
+class TableRows(NamedTuple):
+    """Some rows of a table, as the device's three arrays hold them; flat."""
+
+    elements: NDArray[np.uint8]
+    scales: NDArray[np.float16] | None = None
+    offsets: NDArray[np.float16] | None = None
+
+
+def table_rows(weight: Weight) -> Iterator[TableRows]:
+    """The table, some rows at a time, in order. Products of scales (K-quants) are rounded to float16 once."""
     for begin, end in weight.blocks():
         if isinstance(weight, Dense):
-            yield _dense_bytes(weight.read(begin, end), weight.dtype)
+            yield TableRows(_dense_bytes(weight.read(begin, end), weight.dtype))
             continue
-        q = weight.read(begin, end).q
+        groups = weight.read(begin, end)
         if weight.bits == 8:
-            yield np.ascontiguousarray(q).view(np.uint8).reshape(-1)
+            elements = np.ascontiguousarray(groups.q).view(np.uint8)
         else:
-            nibbles = q.astype(np.uint8)
-            yield np.bitwise_or(nibbles[:, ::2], np.left_shift(nibbles[:, 1::2], 4), dtype=np.uint8).reshape(
-                -1
-            )
-
-
-def table_scales(weight: Grouped) -> tuple[NDArray[np.float16], NDArray[np.float16] | None]:
-    """Scales and offsets, float16 [vocab, hidden / group]; products of scales (K-quants) round once."""
-    groups = weight.read()
-    offsets = groups.offsets().astype(np.float16) if weight.asymmetric else None
-    return groups.scale.astype(np.float16), offsets
+            high = np.left_shift(groups.q[:, 1::2].astype(np.uint8), 4, dtype=np.uint8)
+            elements = np.bitwise_or(groups.q[:, ::2].astype(np.uint8), high)
+        offsets = groups.offsets().astype(np.float16).reshape(-1) if weight.asymmetric else None
+        yield TableRows(elements.reshape(-1), groups.scale.astype(np.float16).reshape(-1), offsets)
 
 
 def _dense_bytes(rows: NDArray[np.float32], dtype: str) -> NDArray[np.uint8]:

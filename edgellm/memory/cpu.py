@@ -15,7 +15,7 @@ import numpy as np
 
 from edgellm.engine_config import Compute
 from edgellm.memory.plan import Line, Shape
-from edgellm.model.inventory import Matrices
+from edgellm.model.inventory import Matrices, Role
 from edgellm.model.kv_cache import KV_DTYPES, KvCache
 from edgellm.model.spec import ModelSpec
 
@@ -36,6 +36,10 @@ NODE: Final = 7_000
 NODES_PER_LAYER: Final = {"int8": 26, "fp32": 14}
 HEAD_NORM_NODES: Final = 7
 """More per layer where query and key heads are normalised: one that parts q, k and v, three for each norm."""
+MIXTURE_NODES: Final = 30
+"""More per layer that is a mixture of experts: routing, sorting, adding up."""
+EXPERT_NODE: Final = 13_500
+"""What ONNX Runtime holds for an expert's product, its matrix apart."""
 FRAGMENTATION: Final = 1.25
 """ONNX Runtime's arena against the tensors that live at the same time."""
 
@@ -113,7 +117,7 @@ class CpuFootprint:
         """One line for each way of storing them, as ONNX Runtime packs them."""
         packed: dict[str, list[Matrices]] = {}
         for matrices in self.weights:
-            if matrices.role in ("linear", "head"):
+            if matrices.role in ("linear", "expert", "head"):
                 packed.setdefault(self._layout(matrices), []).append(matrices)
         for layout, kinds in packed.items():
             elements, groups = sum(each.elements for each in kinds), sum(each.groups for each in kinds)
@@ -149,9 +153,18 @@ class CpuFootprint:
     def _graph(self) -> Line:
         layers, each = self.spec.num_hidden_layers, NODES_PER_LAYER[self.compute]
         each += HEAD_NORM_NODES * self.spec.qk_layernorm
-        return Line(
-            "graph", layers * each * NODE, f"layers {layers} × nodes {each} × {_n(NODE)} B of ONNX Runtime"
-        )
+        size = layers * each * NODE
+        formula = f"layers {layers} × nodes {each} × {_n(NODE)} B of ONNX Runtime"
+        if self.spec.moe is not None:
+            mixtures = sum(map(self.spec.is_mixture, range(layers)))
+            # Gate and up are one product, down another; each has a second one where there are offsets.
+            products = self.spec.moe.num_experts * (4 if self._any_offsets("expert") else 2)
+            size += mixtures * (MIXTURE_NODES * NODE + products * EXPERT_NODE)
+            formula += (
+                f" + mixtures {mixtures} × (nodes {MIXTURE_NODES} × {_n(NODE)} B "
+                f"+ products {products} × {_n(EXPERT_NODE)} B)"
+            )
+        return Line("graph", size, formula)
 
     def _kv_cache(self, shape: Shape) -> Line:
         spec, size = self.spec, np.dtype(KV_DTYPES[self.kv_cache]).itemsize
@@ -180,10 +193,20 @@ class CpuFootprint:
         spec = self.spec
         rows = max(min(CHUNK, shape.max_num_tokens, shape.max_seq_len), shape.max_batch_size)
         # Gate and up side by side, their halves, SiLU, product; with offsets two more of the first.
-        wide = 10 if self._any_offsets() else 6
+        wide = 10 if self._any_offsets("linear", "expert") else 6
         # The heads together can be wider than the residual stream, as Qwen3's are.
         stream = max(spec.hidden_size, spec.num_attention_heads * spec.head_size)
-        width = wide * spec.intermediate_size + 6 * stream
+        around = f"6 × hidden or heads {_n(stream)}"
+        widths = []
+        if not all(map(spec.is_mixture, range(spec.num_hidden_layers))):
+            inner = spec.intermediate_size
+            widths.append((wide * inner + 6 * stream, f"{wide} × mlp {_n(inner)} + {around}"))
+        if spec.moe is not None:
+            # A row for each of a token's experts: sorted, of gate, up and down, weighted.
+            top_k, inner, hidden = spec.moe.top_k, spec.moe_intermediate_size, spec.hidden_size
+            of_experts = f"experts {top_k} × ({wide} × mlp {_n(inner)} + 6 × hidden {_n(hidden)})"
+            widths.append((top_k * (wide * inner + 6 * hidden) + 6 * stream, f"{of_experts} + {around}"))
+        width, formula = max(widths)
         # Half-precision caches: the scores once more, in floats.
         copies = 1 if self.kv_cache == "fp32" else 2
         heads = spec.num_attention_heads
@@ -191,13 +214,12 @@ class CpuFootprint:
         return Line(
             "activations",
             int(FRAGMENTATION * rows * width * FLOAT) + scores,
-            f"rows {rows} × ({FRAGMENTATION} × ({wide} × mlp {_n(spec.intermediate_size)} "
-            f"+ 6 × hidden or heads {_n(stream)}) "
+            f"rows {rows} × ({FRAGMENTATION} × ({formula}) "
             f"+ heads {heads} × tokens {_n(shape.max_seq_len)} × {copies}) × {FLOAT} B",
         )
 
-    def _any_offsets(self) -> bool:
-        return any(each.offsets and each.role == "linear" and self._quantized(each) for each in self.weights)
+    def _any_offsets(self, *roles: Role) -> bool:
+        return any(each.offsets and each.role in roles and self._quantized(each) for each in self.weights)
 
     def _requests(self, shape: Shape) -> Line:
         waiting, batch, length = self.max_queue, shape.max_batch_size, shape.max_seq_len

@@ -138,12 +138,13 @@ class Grouped:
         """Rows as float32 [rows, K], by the formula at the top of this file; raises as `read` does."""
         groups = self.read(begin, end)
         n, k = groups.q.shape
-        q = groups.q.reshape(n, k // self.group, self.group).astype(np.float32)
-        scale = groups.scale[..., None]
+        w = groups.q.reshape(n, k // self.group, self.group).astype(np.float32)
         if groups.zero is not None:
-            w = (q - groups.zero[..., None]) * scale
+            w -= groups.zero[..., None]
+            w *= groups.scale[..., None]
         else:
-            w = q * scale + groups.offsets()[..., None]
+            w *= groups.scale[..., None]
+            w += groups.offsets()[..., None]
         if self.perm is None:
             return w.reshape(n, k)
         in_order = np.empty((n, k), np.float32)

@@ -66,7 +66,7 @@ def cut(
         UsageError: the text has fewer tokens.
     """
     tokens = tokenizer.encode(text)
-    opening = tokenizer.encode("", bos=True) if bos else tokens[:0]
+    opening = tokenizer.encode("", bos=True)[:1] if bos else tokens[:0]
     if len(tokens) < fewest:
         raise UsageError(f"{what} has {len(tokens)} tokens; at least {fewest} are needed")
     length = min(SEQUENCE - len(opening), longest - len(opening), len(tokens))

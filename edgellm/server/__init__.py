@@ -2,6 +2,7 @@
 
 address.py      the socket file: lock, mode, group
 tcp_address.py  a tcp endpoint in its place
+listener.py     what both sockets do with their address
 zap.py          whose keys are let in over tcp
 router.py       the ROUTER: receive, send without waiting, who has vanished
 publisher.py    the PUB socket: state changes and statistics

@@ -5,8 +5,7 @@ from __future__ import annotations
 import zmq
 
 from edgellm.protocol import Published, encode
-from edgellm.server.address import Umask
-from edgellm.server.tcp_address import TcpAddress, address_of, bind_error
+from edgellm.server.listener import Listener
 from edgellm.server.zap import Authenticator
 from edgellm.server_config import ServerConfig
 
@@ -18,10 +17,6 @@ MAX_TOPIC_BYTES = 256
 
 MAX_CURVE_BYTES = 1024
 """The same over tcp, where CURVE's handshake and its envelopes need more."""
-
-HANDSHAKE_MS = 2_000
-HEARTBEAT_MS = 10_000
-HEARTBEAT_TIMEOUT_MS = 30_000
 
 
 class Publisher:
@@ -38,41 +33,22 @@ class Publisher:
     def __init__(
         self, config: ServerConfig, endpoint: str, authenticator: Authenticator | None = None
     ) -> None:
-        self._config = config
-        self._address = address_of(endpoint, "server.events_endpoint")
-        self._authenticator = authenticator
+        # The file may be configured to lie anywhere, so it has a lock of its own.
+        self._listener = Listener(config, endpoint, "server.events_endpoint", authenticator)
         self._socket: zmq.Socket[bytes] | None = None
 
     @property
     def endpoint(self) -> str:
         """Where subscribers connect to."""
-        return self._address.endpoint
+        return self._listener.endpoint
 
     def bind(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
-        """Take the lock, bind, and set the socket file's mode and group.
-
-        The file may be configured to lie anywhere, so it has a lock of its own.
-        """
-        self._address.acquire()
-        mode = int(self._config.socket_mode, 8)
-        self._socket = socket = context.socket(zmq.PUB)
+        """Take the lock, bind, and set the socket file's mode and group."""
+        self._socket = socket = self._listener.open(context, zmq.PUB)
         socket.setsockopt(zmq.SNDHWM, HIGH_WATER)
-        socket.setsockopt(zmq.MAXMSGSIZE, MAX_TOPIC_BYTES)
-        socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
-        socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_CURVE_BYTES if self._listener.over_tcp else MAX_TOPIC_BYTES)
         socket.setsockopt(zmq.LINGER, 0)
-        if isinstance(self._address, TcpAddress):
-            assert self._authenticator is not None
-            self._authenticator.guard(socket)
-            self._address.prepare(socket)
-            socket.setsockopt(zmq.MAXMSGSIZE, MAX_CURVE_BYTES)
-        try:
-            with Umask(mode):
-                socket.bind(self.endpoint)
-        except zmq.ZMQError as error:
-            raise bind_error(self._address, error) from None
-        self._address.open_to(mode, self._config.socket_group)
+        self._listener.bind(socket)
 
     def publish(self, message: Published) -> None:
         """Send to those who subscribed to the message's topic, which is its `ev`, and have room."""
@@ -88,4 +64,4 @@ class Publisher:
 
     def release(self) -> None:
         """Let go of the address, once the context has ended; idempotent."""
-        self._address.release()
+        self._listener.release()

@@ -14,8 +14,7 @@ import zmq
 
 from edgellm.errors import BadRequest
 from edgellm.server.access import Peer
-from edgellm.server.address import Umask
-from edgellm.server.tcp_address import TcpAddress, address_of, bind_error
+from edgellm.server.listener import Listener
 from edgellm.server.zap import Authenticator
 from edgellm.server_config import ServerConfig
 
@@ -32,9 +31,6 @@ It counts whole messages: the frames of one that never ends are held without bou
 to set against that.
 """
 
-HANDSHAKE_MS = 2_000
-HEARTBEAT_MS = 10_000
-HEARTBEAT_TIMEOUT_MS = 30_000
 LINGER_MS = 1_000
 WATCHED = (
     zmq.EVENT_ACCEPTED
@@ -89,7 +85,7 @@ class Router:
         self, config: ServerConfig, endpoint: str, authenticator: Authenticator | None = None
     ) -> None:
         self._config = config
-        self._address = address_of(endpoint, "server.endpoint")
+        self._listener = Listener(config, endpoint, "server.endpoint", authenticator)
         self._authenticator = authenticator
         self._alive: set[int] = set()
         self.socket: zmq.Socket[bytes] | None = None
@@ -98,13 +94,11 @@ class Router:
     @property
     def endpoint(self) -> str:
         """Where clients connect to."""
-        return self._address.endpoint
+        return self._listener.endpoint
 
     def bind(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         """Take the lock, bind, and set the socket file's mode and group."""
-        self._address.acquire()
-        mode = int(self._config.socket_mode, 8)
-        self.socket = socket = context.socket(zmq.ROUTER)
+        self.socket = socket = self._listener.open(context, zmq.ROUTER)
         # Sends to a full or vanished peer fail instead of vanishing. ROUTER_HANDOVER stays off: with it a
         # peer that claims another's routing id would be sent the other's answers.
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -112,21 +106,9 @@ class Router:
         hard_limit = max(HARD_LIMIT_BYTES, 2 * self._config.max_message_bytes)
         socket.setsockopt(zmq.MAXMSGSIZE, hard_limit)
         socket.setsockopt(zmq.RCVHWM, max(HELD_BYTES // hard_limit, 1))
-        socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
-        socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
         socket.setsockopt(zmq.LINGER, LINGER_MS)
-        if isinstance(self._address, TcpAddress):
-            assert self._authenticator is not None
-            self._authenticator.guard(socket)
-            self._address.prepare(socket)
         self.monitor = socket.get_monitor_socket(WATCHED)
-        try:
-            with Umask(mode):
-                socket.bind(self.endpoint)
-        except zmq.ZMQError as error:
-            raise bind_error(self._address, error) from None
-        self._address.open_to(mode, self._config.socket_group)
+        self._listener.bind(socket)
 
     def receive(self) -> Incoming | None:
         """The next message, or None if there is none now. Never waits."""
@@ -222,7 +204,7 @@ class Router:
     def _peer(self, frame: zmq.Frame) -> Peer:
         # Over ipc a peer may send a User-Id of its own; over tcp an IPv6 address may look like a uid.
         address = _property(frame, "Peer-Address")
-        if isinstance(self._address, TcpAddress):
+        if self._listener.over_tcp:
             return Peer(key=_property(frame, "User-Id"), host=address)
         return Peer.from_address(address)
 
@@ -238,7 +220,7 @@ class Router:
 
     def release(self) -> None:
         """Let go of the address, once the context has ended; idempotent."""
-        self._address.release()
+        self._listener.release()
 
 
 def _is_of(connection: sockets.socket, peer: Peer) -> bool:

@@ -21,6 +21,8 @@ from edgellm.errors import BadRequest
 _MARKS: Final = tuple(map(chr, range(0xFDD0, 0xFDF0)))
 """Noncharacters: Unicode keeps them for a program's own use, so texts hardly ever have them."""
 
+_MARKER: Final = re.compile(r"<\|.+\|>", re.DOTALL)
+
 
 class Quotation:
     """Quotes the special tokens of one tokenizer. Any thread may use it.
@@ -32,8 +34,8 @@ class Quotation:
     def __init__(self, inner: tokenizers.Tokenizer) -> None:
         self._inner = inner
         self._added = inner.get_added_tokens_decoder()
-        special = [token for token in self._added.values() if token.special and len(token.content) > 1]
-        names = [token.content for token in special]
+        guarded = [token for token in self._added.values() if _is_guarded(token)]
+        names = [token.content for token in guarded]
         self._heads = {name[:2] for name in names}
         # Zero-width, so that tokens are found that overlap.
         self._begin = re.compile("(?=" + "|".join(map(re.escape, names)) + ")")
@@ -41,7 +43,7 @@ class Quotation:
         self._closings = {name[begin:] for name in names for begin in range(1, len(name) - 1)}
         self._longest = max(map(len, names), default=0)
         # A token that is looked for in the normalized text is also found where a text only resembles it.
-        self._resembled = tuple(token.content for token in special if token.normalized)
+        self._resembled = tuple(token.content for token in guarded if token.normalized)
         self._readers: dict[str, tokenizers.Tokenizer] = {}
 
     def quote(self, texts: Sequence[str]) -> tuple[list[str], str]:
@@ -97,8 +99,8 @@ class Quotation:
         if inner.pre_tokenizer is not None:
             reader.pre_tokenizer = inner.pre_tokenizer
         for index, token in sorted(self._added.items()):
-            # Special tokens are looked for before marks are dropped, which is a normalizer.
-            normalized = token.normalized and not token.special
+            # Guarded tokens are looked for before marks are dropped, which is a normalizer.
+            normalized = token.normalized and not _is_guarded(token)
             reader.add_tokens(
                 [
                     tokenizers.AddedToken(
@@ -113,6 +115,13 @@ class Quotation:
             )
             assert reader.token_to_id(token.content) == index
         return reader
+
+
+def _is_guarded(token: tokenizers.AddedToken) -> bool:
+    """Whether a token may mark turns: it is special, or looks so. Fine-tunes have added `<|im_start|>` as if
+    it were a word.
+    """
+    return len(token.content) > 1 and (token.special or _MARKER.fullmatch(token.content) is not None)
 
 
 def _insert(mark: str, text: str, places: set[int]) -> str:

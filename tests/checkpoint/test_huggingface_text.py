@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ggufs import Llama
-from test_vocabularies import GOLDEN, LEGACY, MODEL, RANKS, load
+from ggufs import Llama, token_types, tokens
+from vocabularies import GOLDEN, LEGACY, MODEL, RANKS, load
 
 from edgellm.checkpoint.gguf_model import GgufCheckpoint
 from edgellm.checkpoint.huggingface_config import ConfigFile
@@ -129,3 +129,20 @@ def test_a_gguf_file_with_pieces(tmp_path: Path) -> None:
     Llama(keys=keys | {"tokenizer.ggml.scores": [1.0]}, extra=extra).write(path)
     with pytest.raises(CheckpointError, match=r"tokenizer\.ggml\.scores has 1"):
         GgufCheckpoint(path)
+
+
+@pytest.mark.parametrize("kind", [1, 4])  # normal, user-defined
+def test_a_token_that_ends_answers_is_a_control_token_whatever_the_file_says(
+    tmp_path: Path, kind: int
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    types = [
+        kind if token == "<|im_end|>" else each for token, each in zip(tokens(), token_types(), strict=True)
+    ]
+    Llama(keys={"tokenizer.ggml.token_type": types, "tokenizer.ggml.eos_token_id": 0}).write(path)
+    checkpoint = GgufCheckpoint(path)
+    end = tokens().index("<|im_end|>")
+    assert checkpoint.eos_ids == (0, end)
+    tokenizer = load(checkpoint.tokenizer_json())
+    assert tokenizer.encode("<|im_end|>").tolist() == [end]
+    assert tokenizer.token_bytes(end) == b""

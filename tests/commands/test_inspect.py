@@ -13,12 +13,12 @@ import pytest
 from ggufs import tokens
 from model_directories import write_directory
 from packers import quantize
-from tiny_llama import TinyLlama
+from tiny_llama import TINY, TinyLlama
 
 from edgellm.cli import main
 from edgellm.errors import CheckpointError, EngineError, UsageError
 
-TINY = TinyLlama(128, 2, 1, 64, 256, tied=True, rotary_base=1e4)
+WIDE = TinyLlama(128, 2, 1, 64, 256, tied=True, rotary_base=1e4)
 # 2 layers of q, o 128 × 128, k, v 64 × 128 and 3 of 256 × 128.
 LINEARS = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 256 * 128)
 EMBEDDING = 265 * 128
@@ -42,7 +42,7 @@ def inspect(path: Path, capsys: pytest.CaptureFixture[str], *, code: int = 0) ->
 
 
 def test_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write_directory(tmp_path / "tiny", TINY, **awq(64), dtype=np.float16)
+    path = write_directory(tmp_path / "tiny", WIDE, **awq(64), dtype=np.float16)
     # Numbers of 4 bits, a scale of 16 and a zero point of 4 for each 64.
     stored = LINEARS // 2 + LINEARS // 64 * 5 // 2 + 2 * (EMBEDDING + 5 * 128)
     assert inspect(path, capsys) == {
@@ -51,6 +51,7 @@ def test_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         "name": "tiny",
         "architecture": "LlamaForCausalLM",
         "parameters": PARAMETERS,
+        "active_parameters": None,
         "stored_bytes": stored,
         "bits_per_weight": round(8 * stored / PARAMETERS, 3),
         "quantization": "W4A16_AWQ",
@@ -73,7 +74,7 @@ def test_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_an_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write_directory(tmp_path / "tiny", TINY, **awq(64))
+    path = write_directory(tmp_path / "tiny", WIDE, **awq(64))
     assert main(["build", str(path), "-o", str(tmp_path / "engine"), "--kv-cache", "fp16"]) == 0
     capsys.readouterr()
     engine, checkpoint = inspect(tmp_path / "engine", capsys), inspect(path, capsys)
@@ -86,11 +87,22 @@ def test_an_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = inspect(TINY.write_gguf(tmp_path / "tiny.gguf", "Q4_0", "Q8_0"), capsys)
+    report = inspect(WIDE.write_gguf(tmp_path / "tiny.gguf", "Q4_0", "Q8_0"), capsys)
     assert report["parameters"] == PARAMETERS
     assert report["stored_bytes"] == LINEARS // 32 * 18 + EMBEDDING // 32 * 34 + 5 * 128 * 4
     assert report["storage"][0] == {"weights": LINEARS, "bits": 4, "group": 32, "offsets": False}
     assert report["chat_template"] is False
+
+
+def test_a_mixture_of_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = TINY["qwen3moe, 3 of 12, untied"]
+    path = tiny.write_gguf(tmp_path / "tiny.gguf", "F16")
+    report = inspect(path, capsys)
+    assert report["parameters"] == sum(values.size for values in tiny.weights().values())
+    # Nine of twelve experts are left out in each of two layers.
+    assert report["parameters"] - report["active_parameters"] == 2 * 9 * 3 * 72 * 40
+    assert main(["inspect", str(path)]) == 0
+    assert f"of which a token goes through {report['active_parameters']:,}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -125,7 +137,7 @@ def test_a_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_would_be_refused(
     more: dict[str, Any], reasons: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write_directory(tmp_path / "tiny", TINY, **more)
+    path = write_directory(tmp_path / "tiny", WIDE, **more)
     report = inspect(path, capsys, code=CheckpointError.exit_code)
     assert len(report["refused"]) == len(reasons)
     for refused, reason in zip(report["refused"], reasons, strict=True):
@@ -137,7 +149,7 @@ def test_what_would_be_refused(
 def test_heads_that_the_executor_has_no_attention_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write_directory(tmp_path / "tiny", replace(TINY, head_size=40))
+    path = write_directory(tmp_path / "tiny", replace(WIDE, head_size=40))
     assert "head_size is 40" in inspect(path, capsys, code=CheckpointError.exit_code)["refused"][0]
 
 

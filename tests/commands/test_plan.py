@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 from ggufs import Llama
+from tiny_llama import TinyLlama
 
 from edgellm.cli import main
+from edgellm.errors import UsageError
 from edgellm.memory.sizes import parse_size
 
 MIB = 1 << 20
@@ -50,6 +52,18 @@ def test_a_checkpoint_and_its_engine_take_the_same(
     assert built["total"] == sum(line["bytes"] for line in built["lines"])
     assert built["headroom"] == built["budget"]["bytes"] - built["total"] == (4 << 30) - built["total"]
     assert built["rebuild"] == []
+
+
+def test_a_checkpoint_that_is_to_be_quantized(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = TinyLlama(64, 4, 2, 32, 96, tied=True, rotary_base=1e4)
+    checkpoint, engine = tiny.write_gguf(tmp_path / "f32.gguf"), tmp_path / "engine"
+    flags = ["--quant", "int4", "--group-size", "32", "--quant-head", "int4"]
+    assert main(["build", str(checkpoint), "-o", str(engine), *flags]) == 0
+    unbuilt = plan(capsys, str(checkpoint), *flags)
+    assert unbuilt["lines"] == plan(capsys, str(engine))["lines"]
+    assert unbuilt["total"] < plan(capsys, str(checkpoint))["total"]
+    assert main(["plan", str(engine), *flags]) == UsageError.exit_code
+    assert "--quant int4 goes with a checkpoint" in capsys.readouterr().err
 
 
 def test_an_engine_may_be_thought_of_otherwise(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:

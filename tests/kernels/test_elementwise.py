@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from edgellm.cuda.launch import At
 from edgellm.errors import BuildError
-from edgellm.kernels.elementwise import embed_rows, table_elements, table_of, table_scales
+from edgellm.kernels.elementwise import embed_rows, table_of, table_rows
 from edgellm.model.weights import Dense, Grouped, Groups
 
 VOCAB, HIDDEN, GROUP = 40, 64, 16
@@ -36,16 +36,19 @@ def grouped(bits: Literal[4, 8], *, asymmetric: bool, seed: int = 0) -> Grouped:
 def test_a_group_wise_table_reads_back_as_the_weight(bits: Literal[4, 8], asymmetric: bool) -> None:
     weight = grouped(bits, asymmetric=asymmetric)
     table = table_of(weight)
-    raw = np.concatenate(list(table_elements(weight)))
-    scales, offsets = table_scales(weight)
+    parts = list(table_rows(weight))
+    raw = np.concatenate([part.elements for part in parts])
+    scales, offsets = parts[0].scales, parts[0].offsets
+    assert len(parts) == 1
+    assert scales is not None
     assert (raw.nbytes, scales.nbytes) == (table.element_bytes, table.scale_bytes)
     if bits == 4:
         q = np.stack([raw & 15, raw >> 4], -1).reshape(VOCAB, HIDDEN).astype(np.float32)
     else:
         q = raw.view(np.int8).reshape(VOCAB, HIDDEN).astype(np.float32)
-    w = q * np.repeat(scales.astype(np.float32), GROUP, 1)
+    w = q * np.repeat(scales.astype(np.float32), GROUP).reshape(VOCAB, HIDDEN)
     if offsets is not None:
-        w = w + np.repeat(offsets.astype(np.float32), GROUP, 1)
+        w = w + np.repeat(offsets.astype(np.float32), GROUP).reshape(VOCAB, HIDDEN)
     np.testing.assert_allclose(w, weight.dequantize(), rtol=1e-6)
     assert (offsets is not None) == asymmetric == table.offsets
 
@@ -65,7 +68,7 @@ def test_a_dense_table_keeps_every_bit(
     if dtype == "bf16":
         values = (values.view(np.uint32) & 0xFFFF0000).view(np.float32)
     weight = Dense("embed_tokens", values.shape, dtype, lambda begin, end: values[begin:end])
-    raw = np.concatenate(list(table_elements(weight)))
+    raw = np.concatenate([part.elements for part in table_rows(weight)])
     assert raw.nbytes == table_of(weight).element_bytes
     np.testing.assert_array_equal(widen(raw).reshape(VOCAB, HIDDEN), values)
 

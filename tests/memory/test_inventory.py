@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import pytest
 from gguf import GGMLQuantizationType as Type
 from ggufs import HIDDEN, INNER, KV_HEADS, LAYERS, Llama, tokens
+from tiny_llama import TINY
 
 from edgellm.checkpoint import open_checkpoint
 from edgellm.cli import main
@@ -75,6 +77,36 @@ def test_dense_weights_are_floats(kind: Type, flags: list[str], tmp_path: Path) 
     assert ("weights 8-bit" in found) == (not flags)
     if flags:
         assert found["embedding"].bytes == sizes["embedding.weight"]
+
+
+@pytest.mark.parametrize("linear", ["Q4_0", "Q4_1"])
+def test_experts_and_their_products(linear: str, tmp_path: Path) -> None:
+    tiny = replace(TINY["qwen3moe, tied"], inner=64)
+    tiny.write_gguf(tmp_path / "tiny.gguf", linear, "Q8_0")
+    assert main(["build", str(tmp_path / "tiny.gguf"), "-o", str(tmp_path / "engine")]) == 0
+    engine = open_engine(tmp_path / "engine")
+    experts = [each for each in engine.config.edgellm.weights if each.role == "expert"]
+    assert sum(each.elements for each in experts) == 2 * tiny.experts * 3 * tiny.hidden * tiny.inner
+    found = lines(engine)
+    stored = sum(
+        size for name, size in written(engine, ".weight").items() if name.startswith(("moe", "qkv", "linear"))
+    )
+    # The router is dense.
+    router = 2 * tiny.experts * tiny.hidden * FLOAT
+    quantized = sum(
+        each.elements for each in engine.config.edgellm.weights if each.role in ("linear", "expert")
+    )
+    assert stored - router == (quantized - router // FLOAT) // 2
+    assert found["weights 4-bit" + (" with offsets" if linear == "Q4_1" else "")].bytes > stored - router
+    graph = onnx.load(engine.path / "model.onnx").graph
+    products = [
+        node
+        for node in graph.node
+        if node.name.split(":")[1].startswith("moe")
+        and node.op_type in ("MatMulNBits", "FusedMatMul")
+        and ".router" not in node.name
+    ]
+    assert f"products {len(products) // 2} ×" in found["graph"].formula
 
 
 def test_each_matrix_is_counted_once(tmp_path: Path) -> None:

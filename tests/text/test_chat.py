@@ -97,6 +97,122 @@ def test_failing_and_excessive_templates_end_as_a_typed_error(source: str) -> No
     assert caught.value.field == "messages"
 
 
+GROW = "{%% set ns = namespace(x=%s) %%}{%% for i in range(99) %%}{%% set ns.x = %s %%}{%% endfor %%}%s"
+BIG = "{% set x = 'a' * 500000 %}"
+STATIC = "a" * 100_000
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        # Exponential in their depth.
+        "{% for x in messages recursive %}{{ loop(messages) }}{% endfor %}",
+        "{% for x in [1] recursive %}{% if loop.depth < 40 %}{{ loop([x]) }}{{ loop([x]) }}{% endif %}"
+        "{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "{% macro m() %}{{ caller() }}{{ caller() }}{% endmacro %}"
+        + "{% call m() %}" * 15
+        + STATIC
+        + "{% endcall %}" * 15,
+        GROW % ("'ab'", "ns.x ~ ns.x", ""),
+        GROW % ("'ab'", "ns.x + ns.x", ""),
+        GROW % ("'ab'", "ns.x.replace('a', 'aaaaaaaaaaaaaaaaaa')", ""),
+        GROW % ("[1]", "ns.x + ns.x", ""),
+        GROW % ("[1]", "[ns.x, ns.x]", "{{ ns.x }}"),
+        GROW % ("1", "(ns.x, ns.x)", "{{ {ns.x: 1} }}"),
+        GROW % ("1", "{'a': ns.x, 'b': ns.x}", "{{ ns.x == ns.x }}"),
+        GROW % ("9", "ns.x * ns.x", ""),
+        "".join("{% set x %}{{ x }}{{ x }}a{% endset %}" for _ in range(60)),
+        # Deep.
+        GROW % ("1", "(ns.x,)", "{{ {ns.x: 1} }}"),
+        # Loops over what is there.
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) if i < 0 %}{% endfor %}" * 50,
+        BIG + "{% for i in range(99999) %}{% if x == x ~ i %}{% endif %}{% endfor %}",
+        BIG + "{{ range(99999) | map('string') | select('in', x) | list }}",
+        BIG + "{% for i in range(99999) %}{{ x }}{% endfor %}",
+        "{% set y %}{% for i in range(99999) %}" + STATIC + "{% endfor %}{% endset %}",
+        "{% filter upper %}{% for i in range(99999) %}" + STATIC + "{% endfor %}{% endfilter %}",
+        # One operation.
+        BIG + "{{ x.replace('a', x) }}",
+        BIG + "{{ x | replace('a', x) }}",
+        BIG + "{{ x.join(x) }}",
+        BIG + "{{ range(9999) | join(x) }}",
+        BIG + "{{ ('%(x)s' * 1000) % {'x': x} }}",
+        BIG + "{{ ('{0}' * 1000).format(x) }}",
+        BIG + "{{ 'a'.translate({97: x}) }}",
+        "{{ 'a'.ljust(10 ** 9) }}",
+        "{{ '\t'.expandtabs(10 ** 9) }}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ '%*d' % (1000000000, 1) }}",
+        "{{ '%1000000000d' | format(1) }}",
+        "{{ '{:1000000000d}'.format(1) }}",
+        "{{ '{:{}}'.format(1, 1000000000) }}",
+        "{{ (1).to_bytes(1000000000, 'big') }}",
+        "{{ 'a'.encode().ljust(1000000000) }}",
+        "{{ ('\n' * 9999) | indent(10 ** 6) }}",
+        "{{ ([1] * 9999) | tojson(indent=10 ** 6) }}",
+        "{{ ([1] * 9999) | tojson(separators=('a' * 9999, '')) }}",
+        "{{ 1.5 | round(10 ** 9, 'ceil') }}",
+        "{{ ([[1]] * 500000) | sum(start=[]) }}",
+        "{{ strftime_now('%c' * 100000) }}",
+        "{{ raise_exception('x' * 10 ** 7) }}",
+        # What is not there.
+        "{{ lipsum(n=1000000) }}",
+        "{{ dict().fromkeys([1]) }}",
+        "{{ messages[0].keys().isdisjoint }}{{ self.x() }}",
+        "{% include 'x' %}",
+    ],
+)
+def test_hostile_templates_end_as_a_typed_error(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgellm.text.budget.MAX_SECONDS", 0.05)
+    with pytest.raises(BadRequest) as caught:
+        _render(source)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'a' | center(1000000000) }}",  # jinja computes constants when it compiles
+        "{% for a in b %}" * 30 + "{% endfor %}" * 30,  # Python has a limit of its own
+        "{{ " + " ~ ".join("a" * 9000) + " or ".join("a" * 9000) + "}}",
+        "{{ " + "(" * 9000,
+        "a" * 300_000,
+    ],
+)
+def test_what_does_not_compile_in_other_ways(source: str) -> None:
+    with pytest.raises(EngineError, match="chat template"):
+        ChatTemplate(source, bos="", eos="")
+
+
+def test_long_conversations_are_within_the_budget() -> None:
+    turns = [{"role": ("user", "assistant")[turn % 2], "content": "words " * 40} for turn in range(4095)]
+    assert _render(LLAMA2, turns).count("[INST]") == 2048
+    megabyte = [{"role": "user", "content": "word\n" * 200_000}]
+    assert len(_render(LLAMA2, megabyte)) > 900_000
+
+
+def test_what_newer_templates_use() -> None:
+    assert _render("{% generation %}{% set x = 1 %}a{% endgeneration %}{{ x }}") == "a"
+    assert _render("{{ strftime_now('%Y') }}").isdigit()
+    assert _render("{{ [1, {'b': 'ä'}] | tojson(indent=2) }}") == '[\n  1,\n  {\n    "b": "ä"\n  }\n]'
+    roles = "{{ messages | map(attribute='role') | join(', ') }}{{ messages | selectattr('role') | count }}"
+    assert _render(roles) == "user1"
+    assert (
+        _render(
+            "{% for m in messages %}{{ loop.length }}{{ loop.last }}{{ loop.cycle('a', 'b') }}{% endfor %}"
+        )
+        == "1Truea"
+    )
+    assert (
+        _render("{{ '{} {x:>4}'.format(1, x='a') }}{{ '%03d' % 7 }}{{ 'a' ~ 1 ~ none }}") == "1    a007a1None"
+    )
+    assert _render("{% set ns = namespace(a=1) %}{{ ns }}{{ 'abc'[::-1] }}{{ {'a': 1}.items() | list }}") == (
+        "<Namespace>cba[('a', 1)]"
+    )
+
+
 @pytest.mark.model
 def test_real_template(smollm2_gguf: Path) -> None:
     checkpoint = open_checkpoint(smollm2_gguf)

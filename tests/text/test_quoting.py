@@ -8,8 +8,7 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from test_tokenizer import TINY
-from test_vocabularies import QWEN, SPM, load
+from vocabularies import QWEN, SPM, TINY, load
 
 from edgellm.errors import BadRequest
 from edgellm.text.chat import ChatTemplate
@@ -123,6 +122,17 @@ def test_what_only_resembles_a_special_token_is_text_too() -> None:
     (quoted,), mark = tokenizer.quote(["［END］"])
     assert mark
     assert end not in tokenizer.encode(quoted, mark=mark).tolist()
+
+
+def test_what_looks_like_a_turns_marker_is_quoted_though_it_is_a_word() -> None:
+    inner = tokenizers.Tokenizer.from_str(TINY.tokenizer_json().decode())
+    inner.add_tokens([tokenizers.AddedToken("<|user|>", normalized=True), tokenizers.AddedToken("<think>")])
+    tokenizer = Tokenizer(inner)
+    user, think = tokenizer.encode("<|user|><think>").tolist()
+    (quoted,), mark = tokenizer.quote(["<|user|><think>"])
+    ids = tokenizer.encode(f"<|user|>{quoted}", mark=mark).tolist()
+    assert (ids[0], ids.count(user), ids.count(think)) == (user, 1, 1)
+    assert tokenizer.quote(["<think>"]) == (["<think>"], "")
 
 
 def test_a_reader_keeps_the_ids_of_added_tokens() -> None:

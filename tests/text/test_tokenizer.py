@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import tokenizers
-from ggufs import CONTROL_TOKENS, MERGES, token_types, tokens
+from ggufs import CONTROL_TOKENS
 from hypothesis import given
 from hypothesis import strategies as st
+from vocabularies import TINY, load
 
 from edgellm.checkpoint.gguf_model import GgufCheckpoint
 from edgellm.errors import BadRequest, CheckpointError, EngineError
@@ -20,13 +21,10 @@ from edgellm.text.bpe import PRE_TOKENIZERS, BpeVocabulary
 from edgellm.text.tokenizer import Tokenizer
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parents[1] / "golden" / "tokenizer.json").read_text())
-TINY = BpeVocabulary(
-    source=Path("tiny.gguf"), tokens=tokens(), types=token_types(), merges=MERGES, pre="smollm", add_bos=False
-)
 
 
 def _load(vocabulary: BpeVocabulary, *, bos_id: int | None = None) -> Tokenizer:
-    return Tokenizer(tokenizers.Tokenizer.from_str(vocabulary.tokenizer_json().decode()), bos_id=bos_id)
+    return load(vocabulary.tokenizer_json(), bos_id=bos_id)
 
 
 def _join(tokenizer: Tokenizer, text: str) -> bytes:

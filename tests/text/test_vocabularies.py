@@ -1,20 +1,15 @@
-"""SentencePiece's and tiktoken's vocabularies against the tokenizers that they are made for.
-
-tests/golden/vocabularies is written by tools/make_vocabulary_golden.py.
-"""
+"""SentencePiece's and tiktoken's vocabularies against the tokenizers that they are made for."""
 
 from __future__ import annotations
 
 import base64
-import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from vocabularies import GOLDEN, LEGACY, MODEL, QWEN, RANKS, SPM, load
 
 from edgellm.checkpoint.sentencepiece_model import read_sentencepiece
 from edgellm.errors import CheckpointError
@@ -22,19 +17,6 @@ from edgellm.text.bpe import NORMAL
 from edgellm.text.detokenizer import Detokenizer
 from edgellm.text.tiktoken import SPECIAL_TOKENS, tiktoken_json
 from edgellm.text.tokenizer import Tokenizer
-
-DIRECTORY = Path(__file__).parents[1] / "golden" / "vocabularies"
-GOLDEN: dict[str, Any] = json.loads((DIRECTORY / "golden.json").read_text())
-MODEL, RANKS = DIRECTORY / "tokenizer.model", DIRECTORY / "qwen.tiktoken"
-
-
-def load(tokenizer_json: bytes) -> Tokenizer:
-    return Tokenizer(tokenizers.Tokenizer.from_str(tokenizer_json.decode()))
-
-
-LEGACY = read_sentencepiece(MODEL, legacy=True, add_bos=True)
-SPM = load(LEGACY.tokenizer_json())
-QWEN = load(tiktoken_json(RANKS.read_bytes(), RANKS))
 
 
 def stream(tokenizer: Tokenizer, ids: list[int]) -> str:

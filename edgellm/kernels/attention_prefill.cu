@@ -1,0 +1,268 @@
+// Attention of a piece of a prompt, over all that its slot holds before it and over itself.
+#include "attention.cuh"
+#include "rows.cuh"
+
+// A chunk's queries and keys are normalised and rotated, its keys and values go to the cache. Queries stay where the
+// projection left them, multiplied by `scale`. A warp for each head of each token.
+// Grid: (heads of all three kinds / warps, bucket).
+template <int D, int HEADS, int KV_HEADS, bool INT8, bool NORM>
+__global__ void rope_and_append(int max_seq, const Chunk* __restrict__ chunk, u16* qkv, const float* __restrict__ angles,
+                                const float* __restrict__ q_gain, const float* __restrict__ k_gain, float epsilon,
+                                float scale, u8* keys, u8* values, u16* key_scales, u16* value_scales) {
+  constexpr int ALL = HEADS + 2 * KV_HEADS;
+  launch_dependents();
+  const int lane = threadIdx.x & 31, which = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5), token = blockIdx.y;
+  const Chunk here = *chunk;
+  const bool active = which < ALL && token < here.count;
+  const bool is_query = which < HEADS, is_value = which >= HEADS + KV_HEADS;
+  Pairs<D> turn, gain;
+  if (active && !is_value) {
+    load_pairs<D>(turn, lane, [&](int j) { return __ldg(angles + u64(here.past + token) * D + j); });
+    if (NORM) load_pairs<D>(gain, lane, [&](int j) { return __ldg((is_query ? q_gain : k_gain) + j); });
+  }
+  wait_for_previous();
+  if (!active) return;
+  u16* const from = qkv + (u64(token) * ALL + which) * D;
+  Pairs<D> x;
+  load_pairs<D>(x, lane, [&](int j) { return half_to_float(load_l2(from + j)); });
+  if (!is_value) {
+    if (NORM) normalise<D>(x, gain, epsilon);
+    rotate<D>(x, turn);
+  }
+  if (is_query) {
+    store_halves<D>(from, x, lane, scale);
+  } else if (here.slot >= 0) {
+    const int head = (which - HEADS) % KV_HEADS;
+    const u64 at = (u64(here.slot) * KV_HEADS + head) * max_seq + here.past + token;
+    u8* const to = (is_value ? values : keys) + at * CacheRow<D, INT8>::BYTES;
+    if constexpr (INT8) {
+      const u16 s = quantise<D>(x, lane, [&](int j, u8 code) { to[j] = code; });
+      if (lane == 0) (is_value ? value_scales : key_scales)[at] = s;
+    } else {
+      store_halves<D>((u16*)to, x, lane);
+    }
+  }
+}
+
+// Queries [16 · WARPS] × keys in tiles of KEYS, the probabilities never leaving registers (Dao 2023,
+// FlashAttention-2). A block takes the rows (token, query head of one KV head) in this order, QUERIES for a token, so
+// that a tile of the cache serves all of them. Shared memory, dynamic: STAGES tiles of keys and values.
+// Grid: (KV_HEADS, bucket · QUERIES / (16 · WARPS)); the last rows, which have most to do, come first.
+template <int D, int QUERIES, int KV_HEADS, bool INT8, int WARPS, int KEYS, int STAGES>
+__global__ void __launch_bounds__(WARPS * 32)
+    attention_prefill(int max_seq, const Chunk* __restrict__ chunk, const u16* qkv, const u8* keys, const u8* values,
+                      const u16* key_scales, const u16* value_scales, u16* out) {
+  using Cache = CacheRow<D, INT8>;
+  constexpr int STEPS = D / 16, TILES = KEYS / 8, HEADS = KV_HEADS * QUERIES, WIDTH = (HEADS + 2 * KV_HEADS) * D;
+  constexpr int MATRIX = KEYS * Cache::STRIDE, SCALES = INT8 ? 2 * KEYS * 2 : 0, STAGE = 2 * MATRIX + SCALES;
+  constexpr int ROWS = 16 * WARPS, THREADS = WARPS * 32;
+  extern __shared__ __align__(16) u8 ring[];
+
+  launch_dependents();
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  const int head = blockIdx.x, first_row = (int(gridDim.y) - 1 - int(blockIdx.y)) * ROWS;
+  const Chunk here = *chunk;
+  wait_for_previous();
+  const int row_count = here.count * QUERIES;
+  if (here.slot < 0 || first_row >= row_count) return;
+
+  const int last_token = min(first_row + ROWS, row_count) - 1;
+  const int length = here.past + last_token / QUERIES + 1;  // keys that the block's last row sees
+  const int tiles = (length + KEYS - 1) / KEYS;
+  const u64 base = (u64(here.slot) * KV_HEADS + head) * max_seq;
+
+  auto fetch = [&](int tile) {
+    if (tile < tiles) {
+      u8* const stage = ring + (tile % STAGES) * STAGE;
+#pragma unroll
+      for (int j = 0; j < (KEYS * Cache::UNITS + THREADS - 1) / THREADS; j++) {
+        const int unit = j * THREADS + threadIdx.x, in_tile = unit / Cache::UNITS, part = unit % Cache::UNITS;
+        if (KEYS * Cache::UNITS % THREADS == 0 || unit < KEYS * Cache::UNITS) {
+          const int key = tile * KEYS + in_tile;
+          const bool wanted = key < length;
+          const u64 from = wanted ? (base + key) * Cache::BYTES + part * 16 : 0;
+          u8* const to = stage + in_tile * Cache::STRIDE + part * 16;
+          copy_async(to, keys + from, wanted);
+          copy_async(to + MATRIX, values + from, wanted);
+        }
+      }
+      if (INT8 && threadIdx.x < 2 * KEYS / 8) {
+        const bool is_value = threadIdx.x >= KEYS / 8;
+        const int key = tile * KEYS + int(threadIdx.x) % (KEYS / 8) * 8;
+        const bool wanted = key < length;
+        const u16* from = is_value ? value_scales : key_scales;
+        copy_async(stage + 2 * MATRIX + threadIdx.x * 16, from + (wanted ? base + key : 0), wanted);
+      }
+    }
+    copy_async_commit();
+  };
+#pragma unroll
+  for (int s = 0; s < STAGES - 1; s++) fetch(s);
+
+  // Rows g and g + 8 of the warp's 16.
+  int row[2], limit[2];  // the last key that a row sees
+  u32 q[STEPS][4];
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    row[half] = first_row + warp * 16 + g + 8 * half;
+    const int token = row[half] / QUERIES;
+    const bool there = row[half] < row_count;
+    limit[half] = there ? here.past + token : -1;
+    const u16* const from = qkv + u64(there ? token : 0) * WIDTH + (head * QUERIES + row[half] % QUERIES) * D;
+#pragma unroll
+    for (int s = 0; s < STEPS; s++) {
+      // A byte cache's fragments have four neighbours where halves have two and two.
+      const int low = s * 16 + (INT8 ? 4 * t : 2 * t), high = low + (INT8 ? 2 : 8);
+      q[s][half] = there ? load_l2((const u32*)(from + low)) : 0u;
+      q[s][half + 2] = there ? load_l2((const u32*)(from + high)) : 0u;
+    }
+  }
+  // Warps wholly before a tile skip it; a tile wholly before the warp's first row needs no mask.
+  const int warp_first = here.past + (first_row + warp * 16) / QUERIES;
+  const int warp_last = here.past + min(first_row + warp * 16 + 15, row_count - 1) / QUERIES;
+  const bool warp_there = first_row + warp * 16 < row_count;
+
+  float o[2 * STEPS][4] = {};
+  float largest[2] = {NOTHING, NOTHING}, sum[2] = {};
+#pragma unroll 1
+  for (int tile = 0; tile < tiles; tile++) {
+    copy_async_wait<STAGES - 2>();
+    __syncthreads();
+    fetch(tile + STAGES - 1);
+    const int key0 = tile * KEYS;
+    if (!warp_there || key0 > warp_last) continue;
+    const u8* const stage = ring + (tile % STAGES) * STAGE;
+
+    float c[TILES][4];
+#pragma unroll
+    for (int n = 0; n < TILES; n++) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0.f;
+    if constexpr (INT8) {
+      const u8* const at = stage + ((lane >> 4) * 8 + (lane & 7)) * Cache::STRIDE + (lane >> 3 & 1) * 16;
+#pragma unroll
+      for (int n = 0; n < TILES; n += 2)
+#pragma unroll
+        for (int s = 0; s < STEPS; s += 2) {
+          u32 w[4];  // keys n: d of step s, s + 1; keys n + 1: the same
+          load_matrices(w, at + n * 8 * Cache::STRIDE + s * 16);
+#pragma unroll
+          for (int half = 0; half < 2 && s + half < STEPS; half++) {
+            const u32(&a)[4] = q[s + half];
+            mma(c[n], a[0], a[1], a[2], a[3], codes_to_half2<0x4140>(w[half]), codes_to_half2<0x4342>(w[half]));
+            mma(c[n + 1], a[0], a[1], a[2], a[3], codes_to_half2<0x4140>(w[half + 2]),
+                codes_to_half2<0x4342>(w[half + 2]));
+          }
+        }
+      const u16* const of = (const u16*)(stage + 2 * MATRIX);
+#pragma unroll
+      for (int n = 0; n < TILES; n++) {
+        const float2 f = half2_to_float2(*(const u32*)(of + n * 8 + 2 * t));
+        c[n][0] *= f.x, c[n][1] *= f.y, c[n][2] *= f.x, c[n][3] *= f.y;
+      }
+    } else {
+      const u8* const at = stage + ((lane >> 4) * 8 + (lane & 7)) * Cache::STRIDE + (lane >> 3 & 1) * 16;
+#pragma unroll
+      for (int s = 0; s < STEPS; s++)
+#pragma unroll
+        for (int n = 0; n < TILES; n += 2) {
+          u32 b[4];
+          load_matrices(b, at + n * 8 * Cache::STRIDE + s * 32);
+          mma(c[n], q[s][0], q[s][1], q[s][2], q[s][3], b[0], b[1]);
+          mma(c[n + 1], q[s][0], q[s][1], q[s][2], q[s][3], b[2], b[3]);
+        }
+    }
+
+    if (key0 + KEYS - 1 > warp_first) {
+#pragma unroll
+      for (int n = 0; n < TILES; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+          if (key0 + n * 8 + 2 * t + (e & 1) > limit[e >> 1]) c[n][e] = NOTHING;
+    }
+
+    float shrink[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      float m = largest[half];
+#pragma unroll
+      for (int n = 0; n < TILES; n++) m = fmaxf(m, fmaxf(c[n][2 * half], c[n][2 * half + 1]));
+      m = fmaxf(m, __shfl_xor_sync(FULL_WARP, m, 1));
+      m = fmaxf(m, __shfl_xor_sync(FULL_WARP, m, 2));
+      shrink[half] = exp2_fast(largest[half] - m);
+      largest[half] = m;
+      float s = 0.f;
+#pragma unroll
+      for (int n = 0; n < TILES; n++) {
+        c[n][2 * half] = exp2_fast(c[n][2 * half] - m);
+        c[n][2 * half + 1] = exp2_fast(c[n][2 * half + 1] - m);
+        s += c[n][2 * half] + c[n][2 * half + 1];
+      }
+      sum[half] = sum[half] * shrink[half] + s;
+    }
+#pragma unroll
+    for (int n = 0; n < 2 * STEPS; n++)
+      o[n][0] *= shrink[0], o[n][1] *= shrink[0], o[n][2] *= shrink[1], o[n][3] *= shrink[1];
+
+    if (INT8) {
+      const u16* const of = (const u16*)(stage + 2 * MATRIX) + KEYS;
+#pragma unroll
+      for (int n = 0; n < TILES; n++) {
+        // What is not there has probability 0, and perhaps no finite scale.
+        const float2 f = half2_to_float2(*(const u32*)(of + n * 8 + 2 * t));
+        const float a = f.x * VALUE_SCALE_FACTOR, b = f.y * VALUE_SCALE_FACTOR;
+        c[n][0] = c[n][0] > 0.f ? c[n][0] * a : 0.f, c[n][1] = c[n][1] > 0.f ? c[n][1] * b : 0.f;
+        c[n][2] = c[n][2] > 0.f ? c[n][2] * a : 0.f, c[n][3] = c[n][3] > 0.f ? c[n][3] * b : 0.f;
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < KEYS / 16; k++) {
+      const u32 a0 = pack_half2(c[2 * k][0], c[2 * k][1]), a1 = pack_half2(c[2 * k][2], c[2 * k][3]);
+      const u32 a2 = pack_half2(c[2 * k + 1][0], c[2 * k + 1][1]), a3 = pack_half2(c[2 * k + 1][2], c[2 * k + 1][3]);
+      const u8* const at =
+          stage + MATRIX + (k * 16 + (lane >> 3 & 1) * 8 + (lane & 7)) * Cache::STRIDE + (lane >> 4) * 16;
+      if constexpr (INT8) {
+        // A 16-bit element is two neighbours of d: one product takes the even ones, one the odd.
+#pragma unroll
+        for (int s = 0; s < STEPS; s += 2) {
+          u32 w[4];  // d of step s: keys 0–7, 8–15; of step s + 1: the same
+          load_matrices_transposed(w, at + s * 16);
+#pragma unroll
+          for (int half = 0; half < 2 && s + half < STEPS; half++) {
+            const u32 low = w[2 * half], high = w[2 * half + 1];
+            mma(o[2 * (s + half)], a0, a1, a2, a3, codes_to_half2<0x4240>(low), codes_to_half2<0x4240>(high));
+            mma(o[2 * (s + half) + 1], a0, a1, a2, a3, codes_to_half2<0x4341>(low), codes_to_half2<0x4341>(high));
+          }
+        }
+      } else {
+#pragma unroll
+        for (int s = 0; s < STEPS; s++) {
+          u32 b[4];
+          load_matrices_transposed(b, at + s * 32);
+          mma(o[2 * s], a0, a1, a2, a3, b[0], b[1]);
+          mma(o[2 * s + 1], a0, a1, a2, a3, b[2], b[3]);
+        }
+      }
+    }
+  }
+
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    float s = sum[half];
+    s += __shfl_xor_sync(FULL_WARP, s, 1);
+    s += __shfl_xor_sync(FULL_WARP, s, 2);
+    if (row[half] >= row_count) continue;
+    const float r = (INT8 ? 1.f / VALUE_SCALE_FACTOR : 1.f) / s;
+    u16* const to = out + u64(row[half] / QUERIES) * HEADS * D + (head * QUERIES + row[half] % QUERIES) * D;
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+      const float a0 = o[2 * step][2 * half] * r, a1 = o[2 * step][2 * half + 1] * r;
+      const float b0 = o[2 * step + 1][2 * half] * r, b1 = o[2 * step + 1][2 * half + 1] * r;
+      if constexpr (INT8) {
+        // Columns 2t and 2t + 1 of the even product are d = 4t and 4t + 2, of the odd one 4t + 1 and 4t + 3.
+        *(uint2*)(to + step * 16 + 4 * t) = make_uint2(pack_half2(a0, b0), pack_half2(a1, b1));
+      } else {
+        *(u32*)(to + step * 16 + 2 * t) = pack_half2(a0, a1);
+        *(u32*)(to + step * 16 + 8 + 2 * t) = pack_half2(b0, b1);
+      }
+    }
+  }
+}

@@ -1,0 +1,120 @@
+"""Sampling on the device: a slot's state, a row's result, and the launches of `sample.cu`.
+
+The choice is `executor.sampler.Sampler`'s: the same uniform, the same kept set, the inverse CDF in the order
+of ids. Sums round differently, so that a token may differ where u is within a rounding error of a border.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgellm.cuda.launch import At, Kernel, Launch
+from edgellm.sampling import SamplingParams
+
+SAMPLING: Final = np.dtype(
+    [
+        ("top_p", "<f8"),
+        ("min_p", "<f8"),
+        ("inverse_temperature", "<f4"),
+        ("top_k", "<i4"),
+        ("seed_low", "<u4"),
+        ("seed_high", "<u4"),
+        ("index", "<u4"),
+        ("flags", "<u4"),
+        ("unused", "<u4", 2),
+    ]
+)
+"""A slot's sampling state; `index` is that of its next token, which the device counts."""
+
+GREEDY: Final = 1
+LOGPROB: Final = 2
+ON_HOST: Final = 4
+"""In `flags`: the most likely token is taken; its log-probability is wanted; the host chooses."""
+
+SAMPLED: Final = np.dtype([("token", "<i4"), ("status", "<i4"), ("logprob", "<f4"), ("index", "<u4")])
+"""A row's result: `token` is −1 where none was chosen, `logprob` NaN where it is not asked for, `index` says
+which of the slot's tokens it is."""
+
+NONE: Final = 0
+CHOSEN: Final = 1
+NOT_FINITE: Final = 2
+FOR_HOST: Final = 3
+"""A result's status: nobody's row, or none was wanted; a token; the logits have a NaN or +inf, or are −inf
+everywhere; the host has to choose. Only with CHOSEN does the slot's state change."""
+
+_SOURCE: Final = "sample.cu"
+_SEGMENT: Final = 128
+_SUMMARY_BYTES: Final = 16
+_SUMMARISERS: Final = 256
+_CHOOSERS: Final = 512
+_MAX_INVERSE_TEMPERATURE: Final = 1e30
+"""As the host's sampler has it."""
+
+
+def chooses_on_device(params: SamplingParams) -> bool:
+    """Whether nothing adjusts the logits and no other token's log-probability is asked for.
+
+    Penalties, biases, min_tokens and top_logprobs remain for the host; so do masks, which come with a step.
+    """
+    adjusted = params.counts_tokens or params.logit_bias or (params.min_tokens and params.suppressed)
+    return not adjusted and not (params.logprobs and params.top_logprobs)
+
+
+def sampling_state(params: SamplingParams) -> NDArray[np.void]:
+    """What a slot that is bound to a new request starts with: one `SAMPLING`, index 0."""
+    state = np.zeros((), SAMPLING)
+    state["top_p"], state["min_p"], state["top_k"] = params.top_p, params.min_p, params.top_k
+    if not params.greedy:
+        state["inverse_temperature"] = min(1.0 / params.temperature, _MAX_INVERSE_TEMPERATURE)
+    state["seed_low"], state["seed_high"] = params.seed & 0xFFFFFFFF, params.seed >> 32
+    flags = (GREEDY * params.greedy) | (LOGPROB * params.logprobs)
+    state["flags"] = flags | (ON_HOST * (not chooses_on_device(params)))
+    return state
+
+
+def sample_workspace(vocab: int, *, rows: int) -> int:
+    """Bytes of workspace, whatever they hold."""
+    return rows * _segments(vocab) * _SUMMARY_BYTES
+
+
+def sample(
+    vocab: int,
+    *,
+    rows: int,
+    rows_at: At,
+    sampling: At,
+    logits: At,
+    last_token: At,
+    results: At,
+    workspace: At,
+) -> list[Launch]:
+    """Choose a token for each row that wants one.
+
+    Args:
+        rows: the bucket; `rows_at` is an array of as many `rows.ROW`, or one `rows.CHUNK`.
+        sampling: an array of `SAMPLING`, one for each slot.
+        logits: float32 [rows, vocab], not changed.
+        last_token: int32, one for each slot; the chosen token is written there.
+        results: an array of `SAMPLED`, one for each row.
+        workspace: `sample_workspace` bytes, at a multiple of 16.
+    """
+    warps = _SUMMARISERS // 32
+    return [
+        Launch(
+            Kernel(_SOURCE, f"summarise<{vocab}>", _SUMMARISERS),
+            (-(-_segments(vocab) // warps), rows, 1),
+            (rows_at, sampling, logits, workspace),
+        ),
+        Launch(
+            Kernel(_SOURCE, f"choose<{vocab}>", _CHOOSERS),
+            (rows, 1, 1),
+            (rows_at, sampling, logits, workspace, last_token, results),
+        ),
+    ]
+
+
+def _segments(vocab: int) -> int:
+    return -(-vocab // _SEGMENT)

@@ -1,0 +1,164 @@
+"""Attention's launches: what each block does covers every token once, and every kernel fits its device."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from compiled import DEVICES, assert_fits, compile_for, kernels_of
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgellm.cuda.launch import At, Device, Launch
+from edgellm.errors import BuildError
+from edgellm.kernels.attention_decode import (
+    Plan,
+    counter_bytes,
+    decode_attention,
+    decode_workspace,
+    plan,
+    segments,
+)
+from edgellm.kernels.attention_prefill import prefill_attention, rope_and_append
+from edgellm.kernels.attention_shape import AttentionShape, Cache, CacheKind, HeadNorms, rope_table
+from edgellm.model.rotary import make_rotary
+
+AT = At("x")
+SHAPES = {
+    "smollm2": AttentionShape(9, 3, 64, 1024, "fp16", 0.125),
+    "qwen2.5-7b": AttentionShape(28, 4, 128, 32768, "int8", 0.088),
+    "qwen3-8b": AttentionShape(32, 8, 128, 1024, "fp16", 0.088, qk_norm=True),
+    "mha 80": AttentionShape(32, 32, 80, 2048, "int8", 0.11),
+    "mqa 96": AttentionShape(16, 1, 96, 2048, "fp16", 0.1),
+    "mqa 128": AttentionShape(16, 1, 128, 2048, "int8", 0.1, qk_norm=True),
+}
+
+
+def decode(shape: AttentionShape, rows: int, device: Device) -> list[Launch]:
+    return decode_attention(
+        shape,
+        rows=rows,
+        device=device,
+        qkv=AT,
+        rows_at=AT,
+        rope=AT,
+        norms=HeadNorms(AT, AT) if shape.qk_norm else HeadNorms(),
+        cache=Cache(AT, AT, AT, AT),
+        out=AT,
+        workspace=At("workspace"),
+    )
+
+
+def prefill(shape: AttentionShape, tokens: int) -> list[Launch]:
+    norms, cache = HeadNorms(AT, AT) if shape.qk_norm else HeadNorms(), Cache(AT, AT, AT, AT)
+    return [
+        *rope_and_append(shape, tokens=tokens, chunk=AT, qkv=AT, rope=AT, norms=norms, cache=cache),
+        *prefill_attention(shape, tokens=tokens, chunk=AT, qkv=AT, cache=cache, out=AT),
+    ]
+
+
+pasts = st.lists(st.none() | st.integers(0, 3000), min_size=1, max_size=16)
+
+
+@given(pasts, st.integers(1, 140), st.sampled_from([2, 4, 8]))
+def test_every_piece_of_every_row_has_one_block(pasts: list[int | None], blocks: int, warps: int) -> None:
+    cut = Plan(warps, 2, blocks)
+    seen: Counter[tuple[int, int]] = Counter()
+    for _, each in segments(cut, pasts):
+        seen.update((each.row, piece) for piece in range(each.first, each.last + 1))
+    wanted = {
+        (row, token // cut.piece)
+        for row, past in enumerate(pasts)
+        if past is not None
+        for token in range(past + 1)
+    }
+    assert seen == Counter(wanted)
+
+
+@given(pasts, st.integers(1, 140))
+def test_partial_sums_have_places_of_their_own_and_one_counter_counts_them(
+    pasts: list[int | None], blocks: int
+) -> None:
+    cut = Plan(4, 2, blocks)
+    parts = list(segments(cut, pasts))
+    places = [(block, each.place) for block, each in parts if not each.whole]
+    assert len(places) == len(set(places))
+    for row in {each.row for _, each in parts}:
+        of_row = [(block, each) for block, each in parts if each.row == row]
+        assert all(each.whole for _, each in of_row) == (len(of_row) == 1)
+        # The last to come adds up neighbouring blocks: no other row's sums may lie between.
+        assert [block for block, _ in of_row] == list(range(of_row[0][0], of_row[-1][0] + 1))
+        # What was begun in an earlier block is the first place of a later one.
+        assert all(each.place == 0 for _, each in of_row[1:])
+
+
+@given(pasts, st.integers(1, 140))
+def test_blocks_have_equal_work_up_to_one_piece_each(pasts: list[int | None], blocks: int) -> None:
+    cut = Plan(4, 2, blocks)
+    work: Counter[int] = Counter()
+    for block, each in segments(cut, pasts):
+        work[block] += each.last - each.first + 1
+    assert max(work.values(), default=0) <= -(-sum(work.values()) // blocks)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+def test_the_grid_fills_the_device_once(shape: AttentionShape, device: Device) -> None:
+    for rows in (1, 2, 16):
+        cut = plan(shape, rows=rows, device=device)
+        assert cut.blocks * shape.kv_heads <= max(device.multiprocessors, shape.kv_heads)
+        assert cut.stages >= 1
+        workspace = decode_workspace(shape, rows=rows, device=device)
+        partial = shape.queries * (shape.head_size + 2) * 4
+        assert workspace >= counter_bytes(shape, rows=rows) + 2 * cut.blocks * shape.kv_heads * partial
+        assert counter_bytes(shape, rows=rows) >= 4 * rows * shape.kv_heads
+
+
+@pytest.mark.parametrize("name", ["a100", "rtx3090", "agx orin", "h100"])
+def test_kernels_fit_without_spilling(name: str) -> None:
+    device = DEVICES[name]
+    launches = [
+        launch for shape in SHAPES.values() for launch in (*decode(shape, 4, device), *prefill(shape, 256))
+    ]
+    assert_fits(compile_for(kernels_of(launches), device.sm), device)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ((32, 8, 72, 1024, "fp16", 1.0), "head_size 72"),
+        ((9, 2, 64, 1024, "fp16", 1.0), "9 query heads"),
+        ((64, 2, 64, 1024, "fp16", 1.0), "32 query heads share"),
+        ((32, 8, 64, 1000, "fp16", 1.0), "max_seq 1000"),
+    ],
+)
+def test_shapes_without_a_kernel_are_refused_by_name(
+    numbers: tuple[int, int, int, int, CacheKind, float], message: str
+) -> None:
+    with pytest.raises(BuildError, match=message):
+        AttentionShape(*numbers)
+
+
+def test_more_rows_than_lanes_are_refused() -> None:
+    with pytest.raises(BuildError, match="32 rows at most"):
+        plan(SHAPES["smollm2"], rows=33, device=DEVICES["h100"])
+
+
+def test_the_rope_table_turns_as_the_rotary_says() -> None:
+    rotary = make_rotary(64, 10000.0)
+    table = rope_table(rotary, 48)
+    assert table.shape == (48, 2, 32)
+    angles = np.arange(48)[:, None] * rotary.frequencies
+    np.testing.assert_allclose(table[:, 0], np.cos(angles), atol=1e-7)
+    np.testing.assert_allclose(table[:, 1], np.sin(angles), atol=1e-7)
+
+
+@given(st.integers(1, 2048), st.sampled_from(list(SHAPES.values())))
+def test_prefill_blocks_reach_every_row(tokens: int, shape: AttentionShape) -> None:
+    append, attend = prefill(shape, tokens)
+    warps = attend.kernel.threads // 32
+    assert attend.grid[0] == shape.kv_heads
+    assert (attend.grid[1] - 1) * 16 * warps < tokens * shape.queries <= attend.grid[1] * 16 * warps
+    assert append.grid[0] * (append.kernel.threads // 32) >= shape.heads + 2 * shape.kv_heads
+    assert append.grid[1] == tokens

@@ -1,0 +1,492 @@
+"""Attention and the small kernels on a device: against float64, and how long they take.
+
+python tools/gpu/attention_checks.py [--bench]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from runner import Runner, poisoned
+
+from edgellm.cuda.launch import At, Device, Launch
+from edgellm.kernels import elementwise
+from edgellm.kernels.attention_decode import counter_bytes, decode_attention, decode_workspace
+from edgellm.kernels.attention_prefill import prefill_attention, rope_and_append
+from edgellm.kernels.attention_shape import AttentionShape, Cache, HeadNorms, rope_table
+from edgellm.kernels.rows import CHUNK, ROW
+from edgellm.model.rotary import make_rotary
+from edgellm.model.weights import Dense, Grouped, Groups, Weight
+
+Array = NDArray[Any]
+Float = NDArray[np.float64]
+
+TOLERANCE: Final = 2e-3
+"""Relative to the norm of the result: queries, keys and probabilities round to float16."""
+EPSILON: Final = 1e-6
+MULTIPROCESSORS: Final = (4, 14, 132)
+"""Devices that decode attention is cut for; the results must be right for all."""
+
+
+def shape(
+    heads: int, kv_heads: int, size: int, max_seq: int, *, int8: bool = False, norm: bool = False
+) -> AttentionShape:
+    """Attention of these numbers with the usual scale."""
+    kind: Any = "int8" if int8 else "fp16"
+    return AttentionShape(heads, kv_heads, size, max_seq, kind, size**-0.5, norm, EPSILON)
+
+
+SHAPES: Final = (
+    shape(9, 3, 64, 1024),
+    shape(32, 8, 128, 1024, norm=True),
+    shape(28, 4, 128, 704),
+    shape(8, 8, 80, 512),
+    shape(12, 4, 96, 512),
+    shape(16, 1, 64, 512),
+    shape(9, 3, 64, 1024, int8=True),
+    shape(32, 8, 128, 1024, int8=True, norm=True),
+    shape(8, 2, 80, 512, int8=True),
+    shape(14, 2, 96, 512, int8=True, norm=True),
+    shape(4, 1, 128, 32768),
+)
+
+
+class Layer:
+    """One layer's caches with something in them, in numpy: what the kernels are compared with."""
+
+    def __init__(self, rng: np.random.Generator, shape: AttentionShape, slots: int) -> None:
+        self.shape = shape
+        rows = (slots, shape.kv_heads, shape.max_seq)
+        self.table = rope_table(make_rotary(shape.head_size, 10000.0), shape.max_seq)
+        self.gains = [rng.normal(1, 0.2, shape.head_size).astype(np.float32) for _ in "qk"]
+        self.scales: list[Array] = []
+        if shape.kv == "fp16":
+            self.caches = [
+                rng.standard_normal((*rows, shape.head_size), np.float32).astype("<f2") for _ in "kv"
+            ]
+        else:
+            self.caches = [rng.integers(1, 256, (*rows, shape.head_size), dtype=np.uint8) for _ in "kv"]
+            self.scales = [rng.uniform(0.005, 0.02, rows).astype("<f2") for _ in "kv"]
+
+    def hide(self, slot: int, length: int) -> None:
+        """Make what lies behind a slot's tokens NaN, or codes with NaN for a scale."""
+        for cache in self.scales or self.caches:
+            cache[slot, :, length:] = np.nan
+
+    def arrays(self) -> dict[str, Array]:
+        """Buffers by name."""
+        named = {"keys": self.caches[0], "values": self.caches[1], "rope": self.table}
+        if self.scales:
+            named |= {"key_scales": self.scales[0], "value_scales": self.scales[1]}
+        return named | {"q_gain": self.gains[0], "k_gain": self.gains[1]}
+
+    def cache(self) -> Cache:
+        """Where the kernels find the caches."""
+        scales = (At("key_scales"), At("value_scales")) if self.scales else (None, None)
+        return Cache(At("keys"), At("values"), *scales)
+
+    def norms(self) -> HeadNorms:
+        """Where the kernels find the gains."""
+        return HeadNorms(At("q_gain"), At("k_gain")) if self.shape.qk_norm else HeadNorms()
+
+    def read(self, arrays: dict[str, Array], kind: int, slot: int, length: int) -> Float:
+        """Keys (kind 0) or values as float64 [kv_heads, length, head_size]."""
+        name = ("keys", "values")[kind]
+        stored = arrays[name][slot, :, :length].astype(np.float64)
+        if not self.scales:
+            return stored
+        scales = arrays[("key_scales", "value_scales")[kind]][slot, :, :length].astype(np.float64)
+        read: Float = (stored - 128) * scales[..., None]
+        return read
+
+    def turn(self, x: Float, positions: Array, gain: Array | None) -> Float:
+        """x [T, heads, head_size] normalised, if there is a gain, and rotated."""
+        if gain is not None:
+            x = x / np.sqrt((x * x).mean(-1, keepdims=True) + EPSILON) * gain
+        cos, sin = (
+            self.table[positions, 0].astype(float)[:, None],
+            self.table[positions, 1].astype(float)[:, None],
+        )
+        a, b = np.split(x, 2, axis=-1)
+        turned: Float = np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+        return turned
+
+    def split(self, qkv: Array, past: int) -> tuple[Float, Float, Float]:
+        """Rotated queries, rotated keys and values of T neighbouring tokens, each [T, heads, head_size]."""
+        shape = self.shape
+        heads = qkv.astype(np.float64).reshape(len(qkv), -1, shape.head_size)
+        q, k, v = np.split(heads, [shape.heads, shape.heads + shape.kv_heads], axis=1)
+        gains: list[Array | None] = list(self.gains) if shape.qk_norm else [None, None]
+        positions = past + np.arange(len(qkv))
+        return self.turn(q, positions, gains[0]), self.turn(k, positions, gains[1]), v
+
+    def attend(self, q: Float, keys: Float, values: Float, past: int) -> Float:
+        """Causal attention, [T, heads · head_size]; keys and values [kv_heads, length, head_size]."""
+        shape = self.shape
+        q = q.reshape(len(q), shape.kv_heads, shape.queries, shape.head_size)
+        logits = np.einsum("tgqd,gsd->tgqs", q, keys, optimize=True) * shape.scale
+        there = np.arange(keys.shape[1]) <= past + np.arange(len(q))[:, None]
+        logits = np.where(there[:, None, None], logits, -np.inf)
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        attended: Float = np.einsum("tgqs,gsd->tgqd", weights, values, optimize=True)
+        return attended.reshape(len(q), -1)
+
+    def appended(self, after: dict[str, Array], slot: int, past: int, k: Float, v: Float) -> float:
+        """How far the cache's new tokens are off, relative to what int8 or float16 may be."""
+        worst = 0.0
+        for kind, new in enumerate((k, v)):
+            stored = self.read(after, kind, slot, past + len(new))[:, past:].swapaxes(0, 1)
+            step = np.abs(new).max(-1, keepdims=True) * (1 / 127 if self.scales else 2**-10)
+            worst = max(worst, float((np.abs(stored - new) / step).max()))
+        return worst
+
+
+def relative(got: Array, wanted: Array) -> float:
+    """Norm of the difference by the norm of what is wanted; infinite where something is not finite."""
+    got = got.astype(np.float64)
+    return float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted)) if np.isfinite(got).all() else np.inf
+
+
+def verdict(name: str, error: float, append: float, others: bool) -> tuple[str, bool]:
+    """A line and whether all is well: what was appended is off by at most a step, the rest untouched."""
+    good = error <= TOLERANCE and append <= 1.0 and others
+    line = f"{name:62s} {error:.1e}  appended {append:.2f}  {'' if others else 'OTHERS CHANGED '}"
+    return line + ("ok" if good else "FAIL"), good
+
+
+def unchanged(before: dict[str, Array], after: dict[str, Array], new: Sequence[tuple[int, int, int]]) -> bool:
+    """Whether caches hold what they held, but for tokens [begin, end) of these slots."""
+    for name in ("keys", "values", "key_scales", "value_scales"):
+        if name not in before:
+            continue
+        a, b = (
+            each[name].copy().view(np.uint8 if each[name].itemsize == 1 else "<u2")
+            for each in (before, after)
+        )
+        for slot, begin, end in new:
+            a[slot, :, begin:end] = b[slot, :, begin:end]
+        if not np.array_equal(a, b):
+            return False
+    return True
+
+
+def check_decode(runner: Runner, rng: np.random.Generator) -> Iterator[tuple[str, bool]]:
+    """Rows of all lengths, nobody's rows among them; each twice, since counters must be left as they were."""
+    for shape in SHAPES:
+        long = shape.max_seq > 4096
+        for rows in (1, 16) if long else (1, 3, 8, 16):
+            slots = 2 if long else rows + 2
+            layer = Layer(rng, shape, slots)
+            table = np.zeros(rows, ROW)
+            table["slot"] = np.resize(rng.permutation(slots)[: min(rows, slots)], rows)
+            table["past"] = rng.integers(0, shape.max_seq, rows)
+            table["past"][0] = shape.max_seq - 1 if rows < 16 else 0
+            if rows > 2:
+                table["slot"][rng.permutation(rows)[: rows // 3]] = -1
+            if long:
+                table["slot"][2:] = -1
+            for row in table[table["slot"] >= 0]:
+                layer.hide(row["slot"], row["past"])
+            qkv = rng.standard_normal((rows, shape.qkv_width), np.float32).astype("<f2")
+            for multiprocessors in MULTIPROCESSORS:
+                device = replace(runner.device, multiprocessors=multiprocessors)
+                size = decode_workspace(shape, rows=rows, device=device)
+                workspace = np.full(size, 0xFF, np.uint8)
+                workspace[: counter_bytes(shape, rows=rows)] = 0
+                before = layer.arrays() | {
+                    "rows": table,
+                    "qkv": qkv,
+                    "out": poisoned((rows, shape.heads * shape.head_size), "<f2"),
+                    "workspace": workspace,
+                }
+                launches = decode_launches(shape, layer, rows, device)
+                after = runner.run(launches * 2, before)
+                error = append = 0.0
+                new = []
+                for i, row in enumerate(table):
+                    slot, past = int(row["slot"]), int(row["past"])
+                    if slot < 0:
+                        continue
+                    q, k, v = layer.split(qkv[i : i + 1], past)
+                    keys, values = (layer.read(after, kind, slot, past + 1) for kind in (0, 1))
+                    error = max(error, relative(after["out"][i : i + 1], layer.attend(q, keys, values, past)))
+                    append = max(append, layer.appended(after, slot, past, k, v))
+                    new.append((slot, past, past + 1))
+                zero = not after["workspace"][: counter_bytes(shape, rows=rows)].any()
+                name = f"decode {describe(shape)} rows {rows} SMs {multiprocessors}"
+                yield verdict(name, error, append, unchanged(before, after, new) and zero)
+
+
+def decode_launches(
+    shape: AttentionShape, layer: Layer, rows: int, device: Device, cache: Cache | None = None
+) -> list[Launch]:
+    """Decode attention over buffers of the usual names."""
+    return decode_attention(
+        shape,
+        rows=rows,
+        device=device,
+        qkv=At("qkv"),
+        rows_at=At("rows"),
+        rope=At("rope"),
+        norms=layer.norms(),
+        cache=cache or layer.cache(),
+        out=At("out"),
+        workspace=At("workspace"),
+    )
+
+
+def describe(shape: AttentionShape) -> str:
+    """A shape in few words."""
+    norm = " norm" * shape.qk_norm
+    return f"{shape.heads}/{shape.kv_heads}×{shape.head_size} of {shape.max_seq} {shape.kv}{norm}"
+
+
+def check_prefill(runner: Runner, rng: np.random.Generator) -> Iterator[tuple[str, bool]]:
+    """Chunks at the start and in the middle of a slot, full buckets and nearly empty ones."""
+    for shape in SHAPES:
+        for tokens, count, past in ((16, 1, 0), (64, 50, 77), (256, 256, 0), (128, 100, shape.max_seq - 100)):
+            layer = Layer(rng, shape, 2)
+            chunk = np.zeros(1, CHUNK)
+            chunk["slot"], chunk["past"], chunk["count"] = 1, past, count
+            layer.hide(1, past)
+            qkv = rng.standard_normal((tokens, shape.qkv_width), np.float32).astype("<f2")
+            qkv[count:] = np.nan
+            before = layer.arrays() | {
+                "chunk": chunk,
+                "qkv": qkv,
+                "out": poisoned((tokens, shape.heads * shape.head_size), "<f2"),
+            }
+            after = runner.run(prefill_launches(shape, layer, tokens), before)
+            q, k, v = layer.split(qkv[:count], past)
+            keys, values = (layer.read(after, kind, 1, past + count) for kind in (0, 1))
+            error = relative(after["out"][:count], layer.attend(q, keys, values, past))
+            append = layer.appended(after, 1, past, k, v)
+            others = unchanged(before, after, [(1, past, past + count)])
+            others &= bool(np.isnan(after["out"][count:]).all())
+            yield verdict(f"prefill {describe(shape)} {count} of {tokens} at {past}", error, append, others)
+
+
+def prefill_launches(
+    shape: AttentionShape, layer: Layer, tokens: int, cache: Cache | None = None
+) -> list[Launch]:
+    """Prefill attention over buffers of the usual names."""
+    cache, chunk, qkv = cache or layer.cache(), At("chunk"), At("qkv")
+    return [
+        *rope_and_append(
+            shape, tokens=tokens, chunk=chunk, qkv=qkv, rope=At("rope"), norms=layer.norms(), cache=cache
+        ),
+        *prefill_attention(shape, tokens=tokens, chunk=chunk, qkv=qkv, cache=cache, out=At("out")),
+    ]
+
+
+def check_elementwise(runner: Runner, rng: np.random.Generator) -> Iterator[tuple[str, bool]]:
+    """Embedding of every kind of table, RMSNorm, the last row, columns in another order."""
+    vocab = 500
+    for hidden, weight in tables(rng, vocab):
+        table = elementwise.table_of(weight)
+        parts = list(elementwise.table_rows(weight))
+        arrays: dict[str, Array] = {"elements": np.concatenate([part.elements for part in parts])}
+        scales = offsets = None
+        if parts[0].scales is not None:
+            arrays["scales"], scales = np.concatenate([part.scales for part in parts]), At("scales")
+        if parts[0].offsets is not None:
+            arrays["offsets"], offsets = np.concatenate([part.offsets for part in parts]), At("offsets")
+        rows = np.zeros(5, ROW)
+        rows["slot"], rows["token"] = [3, 0, -1, 2, 1], [7, -1, 9, vocab - 1, -1]
+        last = rng.integers(0, vocab, 4).astype("<i4")
+        chunk = np.zeros(1, CHUNK)
+        chunk["count"] = 3
+        ids = rng.integers(0, vocab, 4).astype("<i4")
+        out, chunk_out = (poisoned((n, hidden), "<f4") for n in (5, 4))
+        arrays |= {"rows": rows, "last": last, "chunk": chunk, "ids": ids, "out": out, "chunk_out": chunk_out}
+        places: dict[str, Any] = {"elements": At("elements"), "scales": scales, "offsets": offsets}
+        launches = [
+            *elementwise.embed_rows(
+                table, rows=5, rows_at=At("rows"), last_token=At("last"), out=At("out"), **places
+            ),
+            *elementwise.embed_chunk(
+                table, tokens=4, chunk=At("chunk"), ids=At("ids"), out=At("chunk_out"), **places
+            ),
+        ]
+        after = runner.run(launches, arrays)
+        w = weight.dequantize()
+        fed = np.where(rows["token"] < 0, last[rows["slot"]], rows["token"])
+        there = rows["slot"] >= 0
+        good = np.allclose(after["out"][there], w[fed[there]], rtol=1e-6, atol=1e-7)
+        good &= bool(np.isnan(after["out"][~there]).all())
+        good &= np.allclose(after["chunk_out"][:3], w[ids[:3]], rtol=1e-6, atol=1e-7)
+        good &= bool(np.isnan(after["chunk_out"][3:]).all())
+        yield f"embed {table.kind} {hidden} g{table.group} {'ok' if good else 'FAIL'}", good
+    for hidden, width in ((576, 576), (4096, 4096), (3584, 3584), (896, 960)):
+        x = (rng.standard_normal((6, hidden), np.float32) * 30).astype("<f4")
+        h = rng.standard_normal((6, width), np.float32).astype("<f2")
+        gain = rng.normal(1, 0.3, hidden).astype("<f4")
+        order = rng.permutation(width).astype("<i4")
+        chunk = np.zeros(1, CHUNK)
+        chunk["count"] = 4
+        arrays = {"x": x, "h": h, "gain": gain, "order": order, "chunk": chunk}
+        arrays |= {"normed": poisoned((6, hidden), "<f2"), "permuted": poisoned((6, width), "<f2")}
+        arrays |= {"x_out": poisoned((1, hidden), "<f4"), "h_out": poisoned((1, width), "<f2")}
+        launches = [
+            *elementwise.rms_norm(
+                hidden,
+                rows=6,
+                x=At("x"),
+                gain=At("gain"),
+                epsilon=EPSILON,
+                out=At("normed"),
+                chunk=At("chunk"),
+            ),
+            *elementwise.permute_columns(width, rows=6, order=At("order"), x=At("h"), out=At("permuted")),
+            *elementwise.last_row(
+                hidden, width, chunk=At("chunk"), x=At("x"), h=At("h"), x_out=At("x_out"), h_out=At("h_out")
+            ),
+        ]
+        after = runner.run(launches, arrays)
+        wide = x[:4].astype(np.float64)
+        normed = wide / np.sqrt((wide * wide).mean(-1, keepdims=True) + EPSILON) * gain
+        good = relative(after["normed"][:4], normed) < 5e-4 and bool(np.isnan(after["normed"][4:]).all())
+        good &= np.array_equal(after["permuted"], h[:, order])
+        good &= np.array_equal(after["x_out"][0], x[3]) and np.array_equal(after["h_out"][0], h[3])
+        yield f"norm, permutation, last row {hidden} {width} {'ok' if good else 'FAIL'}", good
+
+
+def rows_of(values: NDArray[np.float32]) -> Callable[[int, int], NDArray[np.float32]]:
+    """What reads these rows of an array."""
+    return lambda begin, end: values[begin:end]
+
+
+def tables(rng: np.random.Generator, vocab: int) -> Iterator[tuple[int, Weight]]:
+    """Embeddings of all kinds."""
+    kinds: tuple[Any, ...] = ("f16", "bf16", "f32")
+    for kind in kinds:
+        values = rng.standard_normal((vocab, 576), np.float32).astype(np.float16).astype(np.float32)
+        if kind == "bf16":
+            values = (values.view(np.uint32) & 0xFFFF0000).view(np.float32)
+        yield 576, Dense("embed", (vocab, 576), kind, rows_of(values))
+    for bits, hidden, group, asymmetric in ((8, 576, 32, False), (4, 4096, 128, True), (4, 896, 32, False)):
+        q: Any = rng.integers(0, 16, (vocab, hidden)).astype(np.uint8)
+        if bits == 8:
+            q = rng.integers(-128, 128, (vocab, hidden)).astype(np.int8)
+        scale, offset = (
+            rng.normal(size=(vocab, hidden // group)).astype(np.float16).astype(np.float32) for _ in "so"
+        )
+        width: Any = bits
+        groups = Groups(q, scale, offset if asymmetric else None)
+        yield hidden, Grouped("embed", (vocab, hidden), width, group, asymmetric, groups.rows)
+
+
+def prepare(runner: Runner) -> None:
+    """Compile side by side what is needed one after the other."""
+    rng = np.random.default_rng(0)
+    launches: list[Launch] = []
+    for kind in SHAPES:
+        layer = Layer(rng, replace(kind, max_seq=16), 1)
+        launches += prefill_launches(kind, layer, 16)
+        for multiprocessors in MULTIPROCESSORS:
+            device = replace(runner.device, multiprocessors=multiprocessors)
+            launches += decode_launches(kind, layer, 1, device)
+    runner.prepare(launches)
+
+
+def bench(runner: Runner) -> Iterator[str]:
+    """µs of each kernel at Qwen3-8B's shape: a chain of 36 layers, each with caches of its own."""
+    rng = np.random.default_rng(0)
+    layers = 36
+    for int8 in (False, True):
+        for rows, past in ((1, 639), (2, 639), (4, 639), (8, 639), (16, 639), (1, 4095), (1, 32703)):
+            kind = shape(32, 8, 128, 640 if past < 640 else past + 1, int8=int8, norm=True)
+            layer = Layer(rng, replace(kind, max_seq=16), 1)
+            table = np.zeros(rows, ROW)
+            table["slot"], table["past"] = np.arange(rows), past
+            each = kind.cache_bytes(rows), kind.scale_bytes(rows)
+            repeats = layers if past < 5000 else 8
+            caches = [
+                Cache(
+                    *(At(name, i * each[0]) for name in ("keys", "values")),
+                    *(
+                        (At(name, i * each[1]) for name in ("key_scales", "value_scales"))
+                        if int8
+                        else (None, None)
+                    ),
+                )
+                for i in range(repeats)
+            ]
+            qkv = rng.standard_normal((rows, kind.qkv_width), np.float32).astype("<f2")
+            table_at = rope_table(make_rotary(128, 1e6), kind.max_seq)
+            small = layer.arrays() | {"rows": table, "qkv": qkv, "rope": table_at}
+            line = f"decode {kind.kv} rows {rows:2d} length {past + 1:5d}"
+            size = decode_workspace(kind, rows=rows, device=runner.device)
+            for name in ("keys", "values", "key_scales", "value_scales"):
+                small.pop(name, None)
+            with runner.buffers(small):
+                for name, bytes_ in zip(
+                    ("keys", "values", "key_scales", "value_scales"),
+                    (*each[:1] * 2, *each[1:] * 2),
+                    strict=True,
+                ):
+                    at = runner.allocate(name, max(16, bytes_ * repeats))
+                    runner.driver.call("cuMemsetD8", at, 0x11, max(16, bytes_ * repeats))
+                runner.allocate("out", rows * 4096 * 2)
+                runner.driver.call("cuMemsetD8", runner.allocate("workspace", size), 0, size)
+                launches = [
+                    launch
+                    for cache in caches
+                    for launch in decode_launches(kind, layer, rows, runner.device, cache)
+                ]
+                for early in (True, False):
+                    us = runner.time(launches, early=early) / repeats
+                    line += f"  {'early' if early else 'after'} {us:7.2f} µs"
+                read = rows * 8 * (past + 1) * (kind.row_bytes + 2 * int8) * 2
+                line += f"  read alone {read / 3.11e6:6.2f}  {read / us / 1e3:5.0f} GB/s (after)"
+            yield line
+    for int8 in (False, True):
+        for count, past in ((64, 0), (512, 0), (2048, 0), (512, 3584)):
+            kind = shape(32, 8, 128, 4096, int8=int8, norm=True)
+            layer = Layer(rng, kind, 1)
+            chunk = np.zeros(1, CHUNK)
+            chunk["past"], chunk["count"] = past, count
+            qkv = rng.standard_normal((count, kind.qkv_width), np.float32).astype("<f2")
+            arrays = layer.arrays() | {"chunk": chunk, "qkv": qkv, "out": poisoned((count, 4096), "<f2")}
+            line = f"prefill {kind.kv} {count:4d} tokens after {past:4d}"
+            with runner.buffers(arrays):
+                append, attend = prefill_launches(kind, layer, count)
+                for name, launch in (("append", append), ("attend", attend)):
+                    us = runner.time([launch] * 10) / 10
+                    line += f"  {name} {us:7.1f} µs"
+                pairs = count * past + count * (count + 1) // 2
+                line += f"  {4 * pairs * 4096 / us / 1e6:5.0f} TFLOP/s"
+            yield line
+
+
+def main() -> int:
+    """Print a line for each check, then the benchmark if asked for; 1 if a check failed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bench", action="store_true", help="also measure")
+    parser.add_argument("--seed", type=int, default=None)
+    arguments = parser.parse_args()
+    runner = Runner()
+    rng = np.random.default_rng(arguments.seed)
+    failed = checked = 0
+    prepare(runner)
+    for check in (check_elementwise, check_decode, check_prefill):
+        for line, good in check(runner, rng):
+            print(line, flush=True)
+            checked += 1
+            failed += not good
+    print(f"{checked} checks, {failed} failed", flush=True)
+    if arguments.bench:
+        for line in bench(runner):
+            print(line, flush=True)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
