@@ -103,7 +103,7 @@ DEVICE u32 transpose_matrix(u32 a) {
 //   a0 (g, 2t…) · a1 (g + 8, 2t…) · a2 (g, 2t + 8…) · a3 (g + 8, 2t + 8…)
 //   b0 (2t…, g) · b1 (2t + 8…, g) · c0, c1 (g, 2t…) · c2, c3 (g + 8, 2t…)
 DEVICE void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm volatile(
+  asm(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])

@@ -14,7 +14,7 @@ enum Epilogue { STORE = 0, RESIDUAL = 1, SWIGLU = 2, LOGITS = 3 };
 enum Join { WHOLE = 0, LAST_BLOCK = 1, CLUSTER = 2 };
 
 // What a linear's shared memory holds, in this order. `linear.py` computes the same.
-template <int BITS, int GROUP, int ZERO, int K, int SLABS, int ROWS, int WARPS, int STAGES> struct Layout {
+template <int BITS, int GROUP, int ZERO, int K, int SLABS, int ROWS, int WARPS, int STAGES, int UNIT, int BATCH> struct Layout {
   using P = Panel<BITS, GROUP, ZERO>;
   static constexpr int PANELS = K / P::COLUMNS;
   static constexpr int SLAB_PANELS = (PANELS + SLABS - 1) / SLABS;
@@ -26,11 +26,20 @@ template <int BITS, int GROUP, int ZERO, int K, int SLABS, int ROWS, int WARPS, 
   static constexpr int LINE = 20;
 
   static constexpr int RING = 0;
-  static constexpr int X = RING + WARPS * STAGES * P::BYTES;
+  static constexpr int X = RING + WARPS * STAGES * UNIT * P::BYTES;
   static constexpr int SUMS = X + ROWS * X_STRIDE * 2;
   static constexpr int REDUCE = SUMS + (BITS < 16 ? SLAB / GROUP * SUMS_STRIDE * 4 : 0);
-  static constexpr int PARTS = REDUCE + 2 * WARPS * ROWS * LINE * 4;
+  static constexpr int PARTS = REDUCE + 2 * BATCH * WARPS * ROWS * LINE * 4;
 };
+
+// A value that is kept in a register: what is cheap to compute once the compiler would rather compute each time.
+DEVICE void kept(u32& v) { asm volatile("" : "+r"(v)); }
+
+DEVICE void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
+
+DEVICE void copy_async_at(u32 shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
 
 // x of this slab to shared memory as float16, and the sums of its groups as the tensor cores will see it.
 template <int K, int SLAB, int ROWS, int WARPS, int GROUP, bool SUMMED, bool NORM, int X_STRIDE, int SUMS_STRIDE>
@@ -150,20 +159,27 @@ template <int EPILOGUE> struct Writer {
   // Lines of a row block that have a result: with SWIGLU a pair of rows, `line` and `line + 8`, becomes one.
   static constexpr int LINES = EPILOGUE == SWIGLU ? 8 : 16;
 
+  DEVICE bool has(int row_block, int line) const {
+    return row_block < row_blocks && row_block * LINES + line < outputs;
+  }
+
+  // The residual that will be added to; loaded early, it costs no time at the end.
+  DEVICE float old(int row_block, int n, int line) const {
+    if (EPILOGUE != RESIDUAL || !has(row_block, line)) return 0.f;
+    return load_l2((const float*)out + (u64)n * outputs + row_block * LINES + line);
+  }
+
   // One line; whole warps call it, with sixteen lanes for the lines of a row, and `there` says who has one.
-  DEVICE void put(int row_block, int n, int line, bool there, float v, float up) const {
+  DEVICE void put(int row_block, int n, int line, bool there, float v, float up, float old) const {
     if (bias && there) v += bias[row_block * ROW_BLOCK + line];
-    const int column = row_block * LINES + line;
-    const u64 at = (u64)n * outputs + column;
-    const bool stored = there && column < outputs;
+    const u64 at = (u64)n * outputs + row_block * LINES + line;
+    const bool stored = there && has(row_block, line);
     if constexpr (EPILOGUE == SWIGLU) {
       if (bias && there) up += bias[row_block * ROW_BLOCK + line + 8];
       if (stored) ((u16*)out)[at] = float_to_half(v / (1.f + __expf(-v)) * up);
     } else if constexpr (EPILOGUE == RESIDUAL) {
-      if (stored) {
-        v += load_l2((const float*)out + at);
-        ((float*)out)[at] = v;
-      }
+      v += old;
+      if (stored) ((float*)out)[at] = v;
       if (squares_out) {
         float square = stored ? v * v : 0.f;
 #pragma unroll
@@ -176,19 +192,14 @@ template <int EPILOGUE> struct Writer {
       if (stored) ((u16*)out)[at] = float_to_half(v);
     }
   }
+};
 
-  // All of a round: SIDE_BY_SIDE row blocks from `row_block` on.
-  template <int ROWS, int SIDE_BY_SIDE, class Source> DEVICE void round(int row_block, const Source& source) const {
-    constexpr int ELEMENTS = SIDE_BY_SIDE * ROWS * LINES;
-#pragma unroll 1
-    for (int e = threadIdx.x; (e & ~31) < ELEMENTS; e += blockDim.x) {
-      const int sub = e / LINES / ROWS, n = e / LINES % ROWS, line = e % LINES;
-      const bool there = e < ELEMENTS && row_block + sub < row_blocks;
-      const float v = there ? source(sub, n, line) : 0.f;
-      const float up = EPILOGUE == SWIGLU && there ? source(sub, n, line + 8) : 0.f;
-      put(row_block + sub, n, line, there, v, up);
-    }
-  }
+// Element e of some rounds of row blocks, SIDE_BY_SIDE · ROWS · LINES each: whose it is.
+template <int ROWS, int SIDE_BY_SIDE, int LINES> struct Element {
+  int round, sub, n, line;
+  DEVICE explicit Element(int e)
+      : round(e / (SIDE_BY_SIDE * ROWS * LINES)), sub(e / (ROWS * LINES) % SIDE_BY_SIDE), n(e / LINES % ROWS),
+        line(e % LINES) {}
 };
 
 // weights: packed, row_blocks row blocks
@@ -199,13 +210,17 @@ template <int EPILOGUE> struct Writer {
 // squares_out: of the new residual, float32 [ROWS, outputs / 16], or null
 // workspace: of LAST_BLOCK: 1024 counters, which are 0 before and after, then float32 [SLABS, row_blocks, ROWS, 16]
 template <int BITS, int GROUP, int ZERO, int K, int SLABS, int JOIN, int ROWS, int EPILOGUE, bool NORM, int WARPS,
-          int WARPS_K, int STAGES>
+          int WARPS_K, int STAGES, int UNIT, int BATCH>
 DEVICE void linear_body(const u8* __restrict__ weights, const void* x, const float* __restrict__ gain,
                         const float* squares, float epsilon, const float* __restrict__ bias, void* out,
                         float* squares_out, u8* workspace, int row_blocks, int outputs) {
   using P = Panel<BITS, GROUP, ZERO>;
-  using L = Layout<BITS, GROUP, ZERO, K, SLABS, ROWS, WARPS, STAGES>;
+  using L = Layout<BITS, GROUP, ZERO, K, SLABS, ROWS, WARPS, STAGES, UNIT, BATCH>;
+  using W = Writer<EPILOGUE>;
   constexpr int THREADS = WARPS * 32, TILES = (ROWS + 7) / 8, SIDE_BY_SIDE = WARPS / WARPS_K;
+  // Panels that every warp has of a row block, if all have the same number of units; else it is counted below.
+  constexpr bool EVEN = L::PANELS % (SLABS * WARPS_K * UNIT) == 0;
+  static_assert(EVEN || UNIT == 1, "units are whole");
   extern __shared__ __align__(16) u8 shared[];
   u16* const xs = (u16*)(shared + L::X);
   float* const sums = (float*)(shared + L::SUMS);
@@ -213,98 +228,149 @@ DEVICE void linear_body(const u8* __restrict__ weights, const void* x, const flo
   float* const parts = (float*)(shared + L::PARTS);
   float* const partials = (float*)(workspace + 4096);
 
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
+  u32 lane = threadIdx.x % 32;
+  kept(lane);
+  const int warp = threadIdx.x / 32, g = lane >> 2, t = lane & 3;
   const int slab = SLABS > 1 ? blockIdx.y : 0;
-  const int slab_panels = SLABS > 1 ? min(L::SLAB_PANELS, L::PANELS - slab * L::SLAB_PANELS) : L::PANELS;
+  const int slab_panels = EVEN ? L::SLAB_PANELS : min(L::SLAB_PANELS, L::PANELS - slab * L::SLAB_PANELS);
 
   // Row blocks first, first + step, …; in a round the block's groups of warps take SIDE_BY_SIDE neighbours.
   const int first = blockIdx.x * SIDE_BY_SIDE + warp / WARPS_K, step = gridDim.x * SIDE_BY_SIDE;
   const int rounds = (row_blocks - int(blockIdx.x) * SIDE_BY_SIDE + step - 1) / step;
   const int mine = first < row_blocks ? (row_blocks - first + step - 1) / step : 0;
   const int begin = warp % WARPS_K * slab_panels / WARPS_K;
-  const int count = (warp % WARPS_K + 1) * slab_panels / WARPS_K - begin;
+  const int count = EVEN ? L::SLAB_PANELS / WARPS_K : (warp % WARPS_K + 1) * slab_panels / WARPS_K - begin;
 
-  // The ring: `source` runs over this warp's panels of each of its row blocks.
-  u8* const ring = shared + L::RING + warp * STAGES * P::BYTES;
+  // What was not read before comes from memory: asked for ahead of the weights it is there in time.
+  if (NORM && threadIdx.x < L::SLAB / 32) prefetch(gain + slab * L::SLAB + threadIdx.x * 32);
+
+  // The ring: `source` runs over this warp's panels of each of its row blocks, STAGES - 1 units ahead of use.
+  u32 ring_at = L::RING + warp * STAGES * UNIT * P::BYTES;
+  kept(ring_at);
+  u8* const ring = shared + ring_at;
   const u8* source = weights + ((u64)first * L::PANELS + slab * L::SLAB_PANELS + begin) * P::BYTES + lane * 16;
-  const u64 jump = ((u64)step * L::PANELS - count) * P::BYTES;
-  int to_issue = mine * count, in_row_block = 0;
-  u8* target = ring + lane * 16;
+  u32 jump = (u32(step) * L::PANELS - count) * P::BYTES;
+  u32 target = shared_address(ring) + lane * 16;
+  u32 target_end = target + STAGES * UNIT * P::BYTES;
+  int to_issue = mine * count, to_jump = count;
+  kept(jump), kept(target), kept(target_end);
   auto issue = [&] {
     if (to_issue > 0) {
-      to_issue--;
 #pragma unroll
-      for (int at = 0; at < P::BYTES; at += 512)
-        if (at + 512 <= P::BYTES || lane * 16 < P::BYTES - at) copy_async(target + at, source + at);
-      source += P::BYTES;
-      if (++in_row_block == count) in_row_block = 0, source += jump;
-      target += P::BYTES;
-      if (target >= ring + STAGES * P::BYTES) target -= STAGES * P::BYTES;
+      for (int at = 0; at < UNIT * P::BYTES; at += 512)
+        if (at + 512 <= UNIT * P::BYTES || lane * 16 < UNIT * P::BYTES - at) copy_async_at(target + at, source + at);
+      source += UNIT * P::BYTES;
+      target += UNIT * P::BYTES;
+      to_jump -= UNIT;
+      if (to_jump == 0) to_jump = count, source += jump;
+      if (target == target_end) target -= STAGES * UNIT * P::BYTES;
+      to_issue -= UNIT;
     }
     copy_async_commit();
   };
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < STAGES - 1; i++) issue();
 
   launch_dependents();
   wait_for_previous();
 
+  const W writer{bias, out, squares_out, row_blocks, outputs};
+  const Element<ROWS, SIDE_BY_SIDE, W::LINES> early(threadIdx.x);
+  float old = 0.f;
+  if constexpr (JOIN == WHOLE)
+    if (early.round < BATCH) old = writer.old(blockIdx.x * SIDE_BY_SIDE + early.round * step + early.sub, early.n, early.line);
+
   load_x<K, L::SLAB, ROWS, WARPS, GROUP, (BITS < 16), NORM, L::X_STRIDE, L::SUMS_STRIDE>(
       x, gain, squares, epsilon, slab * L::SLAB, slab_panels * P::COLUMNS, xs, sums);
   __syncthreads();
 
-  const Writer<EPILOGUE> writer{bias, out, squares_out, row_blocks, outputs};
-  const u16* const x_lane = xs + (g & (ROWS - 1)) * L::X_STRIDE + begin * P::COLUMNS;
-  const float* const sums_lane =
-      sums + begin * P::GROUPS * L::SUMS_STRIDE + (2 * t & (L::SUMS_STRIDE < 8 ? L::SUMS_STRIDE - 1 : 7));
-  const u8* panel = ring;
+  // Offsets into shared memory of what a lane reads of x and its sums, for this warp's first panel.
+  u32 x_begin = L::X + ((g & (ROWS - 1)) * L::X_STRIDE + begin * P::COLUMNS) * 2;
+  u32 sums_begin =
+      L::SUMS + (begin * P::GROUPS * L::SUMS_STRIDE + (2 * t & (L::SUMS_STRIDE < 8 ? L::SUMS_STRIDE - 1 : 7))) * 4;
+  kept(x_begin), kept(sums_begin);
+  u32 used = 0;
+#pragma unroll 1
   for (int round = 0; round < rounds; round++) {
     float acc[TILES][4] = {};
     if (first + round * step < row_blocks) {
-      const u16* xp = x_lane;
-      const float* sp = sums_lane;
+      u32 x_at = x_begin, sums_at = sums_begin;
 #pragma unroll 1
-      for (int i = 0; i < count; i++) {
+      for (int i = 0; i < count; i += UNIT) {
         copy_async_wait<STAGES - 2>();
-        __syncwarp();  // all lanes' copies have arrived, and nobody still reads the slot that is filled next
+        __syncwarp();  // all lanes' copies have arrived, and nobody still reads the unit that is filled next
         issue();
-        multiply_panel<BITS, GROUP, ZERO, TILES, L::SUMS_STRIDE>(panel, lane, xp, 8 * L::X_STRIDE, sp, acc);
-        xp += P::COLUMNS;
-        sp += P::GROUPS * L::SUMS_STRIDE;
-        panel += P::BYTES;
-        if (panel == ring + STAGES * P::BYTES) panel = ring;
+#pragma unroll
+        for (int at = 0; at < UNIT; at++)
+          multiply_panel<BITS, GROUP, ZERO, ROWS, L::SUMS_STRIDE>(ring + used + at * P::BYTES, lane,
+                                                                  (const u16*)(shared + x_at) + at * P::COLUMNS,
+                                                                  8 * L::X_STRIDE,
+                                                                  (const float*)(shared + sums_at) +
+                                                                      at * P::GROUPS * L::SUMS_STRIDE,
+                                                                  acc);
+        x_at += UNIT * P::COLUMNS * 2;
+        sums_at += UNIT * P::GROUPS * L::SUMS_STRIDE * 4;
+        used += UNIT * P::BYTES;
+        if (used == STAGES * UNIT * P::BYTES) used = 0;
       }
     }
-    // The warps' sums meet. Two buffers: who is a round ahead writes into the other one.
-    float* const buffer = reduce + round % 2 * WARPS * ROWS * L::LINE;
+    // The warps' sums meet every BATCH rounds. Two sets of buffers: who is ahead writes into the other one.
+    constexpr int BUFFER = WARPS * ROWS * L::LINE;
+    float* const buffers = reduce + round / BATCH % 2 * BATCH * BUFFER;
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const int n = tile * 8 + 2 * t + i % 2;
-        if (n < ROWS) buffer[(warp * ROWS + n) * L::LINE + g + i / 2 * 8] = acc[tile][i];
+        if (n < ROWS) buffers[round % BATCH * BUFFER + (warp * ROWS + n) * L::LINE + g + i / 2 * 8] = acc[tile][i];
       }
+    if (round % BATCH < BATCH - 1 && round < rounds - 1) continue;
     __syncthreads();
-    const Reduced<ROWS, WARPS_K, L::LINE> reduced{buffer};
-    const int row_block = blockIdx.x * SIDE_BY_SIDE + round * step;
+    const int round0 = round / BATCH * BATCH, here = round - round0 + 1;
     if constexpr (JOIN == WHOLE) {
-      writer.template round<ROWS, SIDE_BY_SIDE>(row_block, reduced);
+      const int elements = here * SIDE_BY_SIDE * ROWS * W::LINES;
+#pragma unroll 1
+      for (int e = threadIdx.x; (e & ~31) < elements; e += THREADS) {
+        const Element<ROWS, SIDE_BY_SIDE, W::LINES> at(e);
+        const int row_block = blockIdx.x * SIDE_BY_SIDE + (round0 + at.round) * step + at.sub;
+        const bool there = e < elements && row_block < row_blocks;
+        const Reduced<ROWS, WARPS_K, L::LINE> source{buffers + at.round * BUFFER};
+        if (round0 > 0 || e >= THREADS) old = there ? writer.old(row_block, at.n, at.line) : 0.f;
+        const float v = there ? source(at.sub, at.n, at.line) : 0.f;
+        const float up = EPILOGUE == SWIGLU && there ? source(at.sub, at.n, at.line + 8) : 0.f;
+        writer.put(row_block, at.n, at.line, there, v, up, old);
+      }
     } else {
-      float* const to = JOIN == CLUSTER ? parts + round * SIDE_BY_SIDE * ROWS * ROW_BLOCK
-                                        : partials + ((u64)slab * row_blocks + row_block) * ROWS * ROW_BLOCK;
-      for (int e = threadIdx.x; e < SIDE_BY_SIDE * ROWS * ROW_BLOCK; e += THREADS) {
-        const int sub = e / ROW_BLOCK / ROWS;
-        if (row_block + sub < row_blocks) to[e] = reduced(sub, e / ROW_BLOCK % ROWS, e % ROW_BLOCK);
+#pragma unroll 1
+      for (int e = threadIdx.x; e < here * SIDE_BY_SIDE * ROWS * ROW_BLOCK; e += THREADS) {
+        const Element<ROWS, SIDE_BY_SIDE, ROW_BLOCK> at(e);
+        const int row_block = blockIdx.x * SIDE_BY_SIDE + (round0 + at.round) * step + at.sub;
+        if (row_block >= row_blocks) continue;
+        const float v = Reduced<ROWS, WARPS_K, L::LINE>{buffers + at.round * BUFFER}(at.sub, at.n, at.line);
+        if constexpr (JOIN == CLUSTER) {
+          parts[round0 * SIDE_BY_SIDE * ROWS * ROW_BLOCK + e] = v;
+        } else {
+          partials[(((u64)slab * row_blocks + row_block) * ROWS + at.n) * ROW_BLOCK + at.line] = v;
+        }
       }
     }
   }
 
   if constexpr (JOIN == CLUSTER) {
     cluster_barrier();
-    for (int round = slab; round < rounds; round += SLABS)
-      writer.template round<ROWS, SIDE_BY_SIDE>(
-          blockIdx.x * SIDE_BY_SIDE + round * step,
-          InCluster<ROWS, SLABS>{parts + round * SIDE_BY_SIDE * ROWS * ROW_BLOCK});
+    // Each block takes its share of the elements of all rounds.
+    const int elements = rounds * SIDE_BY_SIDE * ROWS * W::LINES;
+#pragma unroll 1
+    for (int e = slab * THREADS + threadIdx.x; (e & ~31) < elements; e += SLABS * THREADS) {
+      const Element<ROWS, SIDE_BY_SIDE, W::LINES> at(e);
+      const int row_block = blockIdx.x * SIDE_BY_SIDE + at.round * step + at.sub;
+      const bool there = e < elements && row_block < row_blocks;
+      const InCluster<ROWS, SLABS> source{parts + at.round * SIDE_BY_SIDE * ROWS * ROW_BLOCK};
+      old = there ? writer.old(row_block, at.n, at.line) : 0.f;
+      const float v = there ? source(at.sub, at.n, at.line) : 0.f;
+      const float up = EPILOGUE == SWIGLU && there ? source(at.sub, at.n, at.line + 8) : 0.f;
+      writer.put(row_block, at.n, at.line, there, v, up, old);
+    }
     cluster_barrier();  // nobody leaves while others read its shared memory
   }
   if constexpr (JOIN == LAST_BLOCK) {
@@ -319,31 +385,38 @@ DEVICE void linear_body(const u8* __restrict__ weights, const void* x, const flo
     }
     __syncthreads();
     if (!last) return;
-    for (int round = 0; round < rounds; round++) {
-      const int row_block = blockIdx.x * SIDE_BY_SIDE + round * step;
-      writer.template round<ROWS, SIDE_BY_SIDE>(
-          row_block, InWorkspace<ROWS, SLABS>{partials + (u64)row_block * ROWS * ROW_BLOCK,
-                                              (u64)row_blocks * ROWS * ROW_BLOCK});
+    const int elements = rounds * SIDE_BY_SIDE * ROWS * W::LINES;
+#pragma unroll 1
+    for (int e = threadIdx.x; (e & ~31) < elements; e += THREADS) {
+      const Element<ROWS, SIDE_BY_SIDE, W::LINES> at(e);
+      const int row_block = blockIdx.x * SIDE_BY_SIDE + at.round * step + at.sub;
+      const bool there = e < elements && row_block < row_blocks;
+      const InWorkspace<ROWS, SLABS> source{partials + (u64)row_block * ROWS * ROW_BLOCK,
+                                            (u64)row_blocks * ROWS * ROW_BLOCK};
+      old = there ? writer.old(row_block, at.n, at.line) : 0.f;
+      const float v = there ? source(0, at.n, at.line) : 0.f;
+      const float up = EPILOGUE == SWIGLU && there ? source(0, at.n, at.line + 8) : 0.f;
+      writer.put(row_block, at.n, at.line, there, v, up, old);
     }
   }
 }
 
 template <int BITS, int GROUP, int ZERO, int K, int SLABS, int JOIN, int ROWS, int EPILOGUE, bool NORM, int WARPS,
-          int WARPS_K, int STAGES>
-__global__ void __launch_bounds__(WARPS * 32, ROWS > 8 ? 2 : 3)
+          int WARPS_K, int STAGES, int UNIT, int BATCH, int BLOCKS>
+__global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     linear(const u8* weights, const void* x, const float* gain, const float* squares, float epsilon,
            const float* bias, void* out, float* squares_out, u8* workspace, int row_blocks, int outputs) {
-  linear_body<BITS, GROUP, ZERO, K, SLABS, JOIN, ROWS, EPILOGUE, NORM, WARPS, WARPS_K, STAGES>(
+  linear_body<BITS, GROUP, ZERO, K, SLABS, JOIN, ROWS, EPILOGUE, NORM, WARPS, WARPS_K, STAGES, UNIT, BATCH>(
       weights, x, gain, squares, epsilon, bias, out, squares_out, workspace, row_blocks, outputs);
 }
 
 #if __CUDA_ARCH__ >= 900
 template <int BITS, int GROUP, int ZERO, int K, int SLABS, int ROWS, int EPILOGUE, bool NORM, int WARPS, int WARPS_K,
-          int STAGES>
-__global__ void __launch_bounds__(WARPS * 32, ROWS > 8 ? 2 : 3) __cluster_dims__(1, SLABS, 1)
+          int STAGES, int UNIT, int BATCH, int BLOCKS>
+__global__ void __launch_bounds__(WARPS * 32, BLOCKS) __cluster_dims__(1, SLABS, 1)
     cluster_linear(const u8* weights, const void* x, const float* gain, const float* squares, float epsilon,
                    const float* bias, void* out, float* squares_out, u8* workspace, int row_blocks, int outputs) {
-  linear_body<BITS, GROUP, ZERO, K, SLABS, CLUSTER, ROWS, EPILOGUE, NORM, WARPS, WARPS_K, STAGES>(
+  linear_body<BITS, GROUP, ZERO, K, SLABS, CLUSTER, ROWS, EPILOGUE, NORM, WARPS, WARPS_K, STAGES, UNIT, BATCH>(
       weights, x, gain, squares, epsilon, bias, out, squares_out, workspace, row_blocks, outputs);
 }
 #endif

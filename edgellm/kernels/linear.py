@@ -27,7 +27,7 @@ COUNTERS_BYTES: Final = 4096
 """Of the workspace: 1024 counters that must be 0 before the first launch; launches leave them so."""
 
 _SOURCE: Final = "linear.cu"
-_ZEROS: Final[dict[Zero, str]] = {
+ZERO_NAMES: Final[dict[Zero, str]] = {
     "none": "NONE",
     "centred": "CENTRED",
     "zero_point": "ZERO_POINT",
@@ -70,7 +70,10 @@ class Tuning:
         join: who adds up the slabs.
         warps: of a block.
         warps_k: of them, side by side along the columns of one row block; divides `warps`.
-        stages: panels under way for each warp.
+        stages: units of a warp's ring.
+        unit: panels that a warp waits for at a time; more than one only if all warps have whole units.
+        batch: row blocks whose sums over warps are added at a time.
+        blocks_per_sm: that registers leave room for, of this linear and the next.
     """
 
     blocks: int
@@ -79,6 +82,9 @@ class Tuning:
     warps: int
     warps_k: int
     stages: int
+    unit: int
+    batch: int
+    blocks_per_sm: int = 2
 
 
 def decode_linear(
@@ -153,10 +159,10 @@ def tuned(shape: PackedShape, *, rows: int, device: Device) -> Tuning:
         BuildError: not even in slabs does x fit into the device's shared memory.
     """
     for slabs, join in _partings(shape, rows, device):
-        cut = _balanced(shape, device, slabs, join)
+        cut = _balanced(shape, rows, device, slabs, join)
         fixed = shared_bytes(shape, rows, replace(cut, stages=0))
         room = max(min(_SHARED_GOAL, device.shared_per_block) - fixed, _RING_LEAST)
-        stages = min(room // (cut.warps * shape.panel_bytes), _STAGES_MOST)
+        stages = min(room // (cut.warps * cut.unit * shape.panel_bytes), _STAGES_MOST)
         cut = replace(cut, stages=max(stages, _STAGES_LEAST))
         if shared_bytes(shape, rows, cut) <= device.shared_per_block:
             return cut
@@ -183,7 +189,7 @@ def _partings(shape: PackedShape, rows: int, device: Device) -> Iterator[tuple[i
         yield -(-shape.panels // panels), "last_block"
 
 
-def _balanced(shape: PackedShape, device: Device, slabs: int, join: Join) -> Tuning:
+def _balanced(shape: PackedShape, rows: int, device: Device, slabs: int, join: Join) -> Tuning:
     """Blocks and warps that end together, as nearly as whole panels let them; no stages yet."""
     slab_panels = -(-shape.panels // slabs)
     most = max(1, device.multiprocessors // slabs)
@@ -195,7 +201,10 @@ def _balanced(shape: PackedShape, device: Device, slabs: int, join: Join) -> Tun
 
     warps_k = min((8, 4, 2, 1), key=cost)
     blocks = min(most, -(-shape.row_blocks // (_WARPS // warps_k)))
-    return Tuning(blocks, slabs, join, _WARPS, warps_k, 0)
+    unit = 2 if shape.panels % (slabs * warps_k * 2) == 0 else 1
+    rounds = -(-shape.row_blocks // (blocks * (_WARPS // warps_k)))
+    batch = min(4 if rows <= 2 else 1, rounds)
+    return Tuning(blocks, slabs, join, _WARPS, warps_k, 0, unit, batch)
 
 
 def row_blocks_of(shape: PackedShape, cut: Tuning, block: int, warp: int) -> list[int]:
@@ -216,10 +225,10 @@ def panels_of(shape: PackedShape, cut: Tuning, slab: int, warp: int) -> range:
 def shared_bytes(shape: PackedShape, rows: int, cut: Tuning) -> int:
     """Dynamic shared memory of a block: `Layout` in linear.cu, and with a cluster the parts to be added."""
     slab = -(-shape.panels // cut.slabs) * shape.panel
-    size = cut.warps * cut.stages * shape.panel_bytes + _x_bytes(shape, rows, cut.slabs)
+    size = cut.warps * cut.stages * cut.unit * shape.panel_bytes + _x_bytes(shape, rows, cut.slabs)
     if shape.bits < 16:
         size += slab // shape.group * max(2, rows) * 4
-    size += 2 * cut.warps * rows * _LINE * 4
+    size += 2 * cut.batch * cut.warps * rows * _LINE * 4
     if cut.join == "cluster":
         side = cut.warps // cut.warps_k
         size += -(-shape.row_blocks // (cut.blocks * side)) * side * rows * ROW_BLOCK * 4
@@ -231,8 +240,9 @@ def _x_bytes(shape: PackedShape, rows: int, slabs: int) -> int:
 
 
 def _expression(shape: PackedShape, rows: int, epilogue: Epilogue, cut: Tuning, *, normed: bool) -> str:
-    weights = f"{shape.bits}, {shape.group}, {_ZEROS[shape.zero]}, {shape.k}, {cut.slabs}"
-    rest = f"{rows}, {epilogue.upper()}, {str(normed).lower()}, {cut.warps}, {cut.warps_k}, {cut.stages}"
+    weights = f"{shape.bits}, {shape.group}, {ZERO_NAMES[shape.zero]}, {shape.k}, {cut.slabs}"
+    rest = f"{rows}, {epilogue.upper()}, {str(normed).lower()}, {cut.warps}, {cut.warps_k}"
+    rest += f", {cut.stages}, {cut.unit}, {cut.batch}, {cut.blocks_per_sm}"
     if cut.join == "cluster":
         return f"cluster_linear<{weights}, {rest}>"
     return f"linear<{weights}, {cut.join.upper()}, {rest}>"

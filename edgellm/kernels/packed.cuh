@@ -26,13 +26,20 @@ template <int BITS, int GROUP, int ZERO> struct Panel {
 
 DEVICE u32 permute_bytes(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
 
+// (a & b) | c in one instruction; two of the three may not be constants, so the compiler would take two.
+DEVICE u32 and_or(u32 a, u32 b, u32 c) {
+  u32 r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+
 // Operand A of an mma from what a lane holds of it: one word of 4-bit, two of 8-bit, four of 16-bit numbers.
 DEVICE void operand_4(u32 w, u32 (&a)[4]) {
   const u32 w8 = w >> 8;
-  a[0] = (w & 0x000f000fu) | 0x64006400u;
-  a[1] = (w & 0x00f000f0u) | 0x54005400u;
-  a[2] = (w8 & 0x000f000fu) | 0x64006400u;
-  a[3] = (w8 & 0x00f000f0u) | 0x54005400u;
+  a[0] = and_or(w, 0x000f000fu, 0x64006400u);
+  a[1] = and_or(w, 0x00f000f0u, 0x54005400u);
+  a[2] = and_or(w8, 0x000f000fu, 0x64006400u);
+  a[3] = and_or(w8, 0x00f000f0u, 0x54005400u);
 }
 
 DEVICE void operand_8(u32 low, u32 high, u32 (&a)[4]) {
@@ -47,9 +54,9 @@ template <int BITS> struct OperandPair;
 
 template <> struct OperandPair<4> {
   DEVICE static void load(const u8* panel, int lane, int pair, u32 (&a)[2][4]) {
-    const uint2 w = *(const uint2*)(panel + (pair / 2) * 512 + lane * 16 + (pair % 2) * 8);
-    operand_4(w.x, a[0]);
-    operand_4(w.y, a[1]);
+    const uint4 w = *(const uint4*)(panel + (pair / 2) * 512 + lane * 16);
+    operand_4(pair % 2 ? w.z : w.x, a[0]);
+    operand_4(pair % 2 ? w.w : w.y, a[1]);
   }
 };
 
@@ -86,13 +93,58 @@ template <class P, int ZERO> DEVICE GroupValues group_values(const u8* panel, in
   }
 }
 
-// acc[16 × 8·TILES] += panel · x, where x is float16 in shared memory: `x` points at the panel's first column in
-// the lane's row g of the first tile, `tile_stride` elements before that of the second. `sums` are Σx over the
-// panel's groups: of column 2t of the first tile, then 2t + 1; group by group SUMS_STRIDE apart, tiles 8 apart.
-template <int BITS, int GROUP, int ZERO, int TILES, int SUMS_STRIDE>
+DEVICE u32 half2_multiply(u32 a, u32 b) {
+  u32 r;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+
+DEVICE u32 half2_add(u32 a, u32 b) {
+  u32 r;
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+
+DEVICE u32 half2_multiply_add(u32 a, u32 b, u32 c) {
+  u32 r;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+
+// An operand's numbers become weights: without their excess, exactly, then scaled, rounded once. `values` is where
+// the lane has its group's scale and, by ZERO, offset or zero point.
+template <int BITS, int ZERO> DEVICE void scale_operand(u32 (&a)[4], const u8* values) {
+  // What the numbers exceed q by (see Panel::EXCESS_LOW), twice in a word: 1024, 64, 1152, and 8 more.
+  u32 excess_low = BITS == 4 ? (ZERO == CENTRED ? 0x64086408u : 0x64006400u) : 0x64806480u;
+  u32 excess_high = BITS == 4 ? (ZERO == CENTRED ? 0x54805480u : 0x54005400u) : 0x64806480u;
+  const uint2 v = ZERO == ZERO_POINT || ZERO == OFFSET ? *(const uint2*)values : make_uint2(*(const u32*)values, 0);
+  const u32 scale_low = permute_bytes(v.x, 0, 0x1010), scale_high = permute_bytes(v.x, 0, 0x3232);
+  const u32 zero_low = permute_bytes(v.y, 0, 0x1010), zero_high = permute_bytes(v.y, 0, 0x3232);
+  if constexpr (ZERO == ZERO_POINT) {
+    excess_low = half2_add(excess_low, zero_low);
+    excess_high = half2_add(excess_high, zero_high);
+  }
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const u32 q = half2_subtract(a[i], i % 2 ? excess_high : excess_low);
+    const u32 scale = i % 2 ? scale_high : scale_low;
+    if constexpr (ZERO == OFFSET) {
+      a[i] = half2_multiply_add(q, scale, i % 2 ? zero_high : zero_low);
+    } else {
+      a[i] = half2_multiply(q, scale);
+    }
+  }
+}
+
+// acc[16 × 8·TILES] += panel · x, where x is float16 in shared memory, ROWS rows of it: `x` points at the panel's
+// first column in the lane's row g of the first tile, `tile_stride` elements before that of the second. `sums` are
+// Σx over the panel's groups: of column 2t of the first tile, then 2t + 1; group by group SUMS_STRIDE apart, tiles 8
+// apart. Columns of the product beyond ROWS are anything.
+template <int BITS, int GROUP, int ZERO, int ROWS, int SUMS_STRIDE>
 DEVICE void multiply_panel(const u8* panel, int lane, const u16* x, int tile_stride, const float* sums,
-                           float (&acc)[TILES][4]) {
+                           float (&acc)[(ROWS + 7) / 8][4]) {
   using P = Panel<BITS, GROUP, ZERO>;
+  constexpr int TILES = (ROWS + 7) / 8;
   const int g = lane >> 2, t = lane & 3;
   // Two chains hide the latency of dependent mma where there is one tile only.
   constexpr int CHAINS = TILES == 1 && P::MMAS_PER_GROUP >= 4 ? 2 : 1;
@@ -142,21 +194,18 @@ DEVICE void multiply_panel(const u8* panel, int lane, const u16* x, int tile_str
       }
     }
 #pragma unroll
-    for (int tile = 0; tile < TILES; tile++) {
+    for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
       for (int i = 0; i < 4; i++) {
+        float& y = acc[tile][i];
         if constexpr (BITS < 16) {
           const float scale = i < 2 ? v.scale.x : v.scale.y;
           const float offset = i < 2 ? v.zero.x : v.zero.y;
-          const float s = i % 2 ? sum[tile].y : sum[tile].x;
-#pragma unroll
-          for (int chain = 0; chain < CHAINS; chain++) acc[tile][i] += scale * c[chain][tile][i];
-          if constexpr (ZERO == OFFSET) acc[tile][i] += offset * s;
+          y += scale * (CHAINS == 2 ? c[0][tile][i] + c[1][tile][i] : c[0][tile][i]);
+          if constexpr (ZERO == OFFSET) y += offset * (i % 2 ? sum[tile].y : sum[tile].x);
         } else {
-#pragma unroll
-          for (int chain = 0; chain < CHAINS; chain++) acc[tile][i] += c[chain][tile][i];
+          y += CHAINS == 2 ? c[0][tile][i] + c[1][tile][i] : c[0][tile][i];
         }
       }
-    }
   }
 }

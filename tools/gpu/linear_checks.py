@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from runner import Runner, poisoned
 
 from edgellm.cuda.launch import At, Launch
+from edgellm.kernels.gemm import TILES, Tile, prefill_linear, prefill_workspace
+from edgellm.kernels.gemm import shared_bytes as gemm_shared_bytes
 from edgellm.kernels.linear import (
     BUCKETS,
     COUNTERS_BYTES,
@@ -225,6 +227,63 @@ def check(
     return wrong
 
 
+def check_prefill(
+    runner: Runner,
+    rng: np.random.Generator,
+    case: Case,
+    matrix: Matrix,
+    *,
+    tokens: int,
+    count: int,
+    tile: Tile | None,
+) -> list[str]:
+    """What is wrong with one linear of a chunk; nothing, if all is well."""
+    shape = matrix.shape
+    x = rng.standard_normal((tokens, case.k), np.float32).astype(np.float16)
+    residual = case.epilogue == "residual"
+    old = rng.standard_normal((tokens, shape.outputs)).astype(np.float32)
+    workspace = prefill_workspace(shape, tokens, runner.device)
+    arrays: dict[str, Array] = {
+        "weights": matrix.packed,
+        "chunk": np.array([0, 0, count, 0], np.int32),
+        "x": x,
+        "out": old if residual else poisoned((tokens, shape.outputs), np.float16),
+        "workspace": np.zeros(max(16, workspace), np.uint8),
+        "bias": np.zeros(1, np.float32) if matrix.bias is None else matrix.bias,
+    }
+    got = runner.run(prefill_launches(runner, case, matrix, tokens, tile), arrays)
+    want = expected(replace(case, normed=False), matrix, x, np.ones(1), old)[:count]
+    out = got["out"][:count].astype(np.float64)
+    error = float(np.linalg.norm(out - want) / np.linalg.norm(want - old[:count] * residual))
+    ERRORS.append(error)
+    if error <= TOLERANCE:
+        return []
+    return [f"{case}, {count} of {tokens} tokens, {tile}: error {error:.2e}"]
+
+
+def prefill_launches(
+    runner: Runner, case: Case, matrix: Matrix, tokens: int, tile: Tile | None
+) -> list[Launch]:
+    """A chunk's linear over the buffers that `check_prefill` makes."""
+    return prefill_linear(
+        matrix.shape,
+        tokens=tokens,
+        device=runner.device,
+        chunk=At("chunk"),
+        x=At("x"),
+        weights=At("weights"),
+        bias=None if matrix.bias is None else At("bias"),
+        epilogue=case.epilogue,  # type: ignore[arg-type]
+        out=At("out"),
+        workspace=At("workspace"),
+        tile=tile,
+    )
+
+
+CHUNKS: Final = ((16, 11), (32, 32), (64, 33), (256, 200))
+"""Buckets, and how many of their tokens are there."""
+
+
 ERRORS: list[float] = []
 
 
@@ -235,7 +294,9 @@ def cuts(shape: PackedShape, rows: int, runner: Runner) -> Iterator[Tuning]:
     yield best
     if shape.panels > 2:
         for join in ("last_block", *(("cluster",) if device.has_dependent_launch else ())):
-            other = replace(best, slabs=2, join=join, blocks=max(1, min(best.blocks, 7)), warps_k=4, stages=3)
+            other = replace(
+                best, slabs=2, join=join, blocks=max(1, min(best.blocks, 7)), warps_k=4, stages=3, unit=1
+            )
             if shared_bytes(shape, rows, other) <= device.shared_per_block:
                 yield other
 
@@ -254,7 +315,28 @@ def checks(runner: Runner, seed: int, cases: Sequence[Case] = CASES) -> list[str
     runner.prepare(launch for item in todo for launch in _launches(runner, *item))
     for case, matrix, rows, cut in todo:
         wrong += check(runner, rng, case, matrix, rows=rows, cut=cut)
+
+    prompts = [
+        (case, matrix, tokens, count, tile)
+        for case, matrix in made
+        if case.epilogue != "logits"
+        for tokens, count in CHUNKS
+        for tile in _tiles(matrix.shape, tokens, runner)
+    ]
+    runner.prepare(
+        launch
+        for case, matrix, tokens, _, tile in prompts
+        for launch in prefill_launches(runner, case, matrix, tokens, tile)
+    )
+    for case, matrix, tokens, count, tile in prompts:
+        wrong += check_prefill(runner, rng, case, matrix, tokens=tokens, count=count, tile=tile)
     return wrong
+
+
+def _tiles(shape: PackedShape, tokens: int, runner: Runner) -> list[Tile | None]:
+    """What the device takes, and in the largest bucket every tile that fits."""
+    every = [tile for tile in TILES if gemm_shared_bytes(shape, tile) <= runner.device.shared_per_block]
+    return [None, *(every[:: max(1, len(every) // 3)] if tokens == CHUNKS[-1][0] else [])]
 
 
 def _launches(runner: Runner, case: Case, matrix: Matrix, rows: int, cut: Tuning) -> list[Launch]:

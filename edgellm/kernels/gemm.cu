@@ -1,0 +1,199 @@
+// Linear layers for a prompt's tokens: y = x · wᵀ on tensor cores, bound by arithmetic.
+//
+// A block has a tile of ROW_BLOCKS · 16 rows of w and TOKENS tokens; its warps part it into WARPS_R × WARPS_T. Weights
+// and x come 64 columns at a time through a ring in shared memory (cp.async) and weights become float16 in registers,
+// scale · (q − zero) or scale · q + offset, rounded once; sums are float32.
+
+#include "packed.cuh"
+#include "rows.cuh"
+
+enum Epilogue { STORE = 0, RESIDUAL = 1, SWIGLU = 2 };
+
+constexpr int STEP = 64;  // columns at a time
+
+template <int BITS, int GROUP, int ZERO, int ROW_BLOCKS, int TOKENS> struct Stage {
+  using P = Panel<BITS, GROUP, ZERO>;
+  static constexpr int NUMBERS = ROW_BLOCK * STEP * BITS / 8;  // bytes of a row block
+  static constexpr int X = ROW_BLOCKS * NUMBERS;
+  static constexpr int SCALES = X + TOKENS * STEP * 2;
+  static constexpr int BYTES = SCALES + ROW_BLOCKS * P::SCALE_BYTES;
+};
+
+// Where 16-byte piece `piece` of a token's 64 columns lies: eight lanes that read four pieces of two neighbours meet
+// no bank twice.
+DEVICE int swizzled(int token, int piece) { return token * 8 + (piece ^ ((token & 1) << 2 | (token >> 1 & 3))); }
+
+// x: float16 [tokens, K]; bias: float32 [16 · row_blocks] or null
+// out: STORE, SWIGLU float16 [tokens, outputs]; RESIDUAL adds to float32 [tokens, outputs]
+// Tokens past the chunk's count: tiles without others are left alone, in mixed ones they get what comes out.
+template <int BITS, int GROUP, int ZERO, int K, int ROW_BLOCKS, int TOKENS, int WARPS_R, int WARPS_T, int EPILOGUE,
+          int STAGES>
+__global__ void __launch_bounds__(WARPS_R * WARPS_T * 32, WARPS_R * WARPS_T > 4 ? 1 : 2)
+    gemm(const Chunk* __restrict__ chunk, const u8* __restrict__ weights, const u16* x, const float* __restrict__ bias,
+         void* out, int tokens, int row_blocks, int outputs) {
+  using P = Panel<BITS, GROUP, ZERO>;
+  using S = Stage<BITS, GROUP, ZERO, ROW_BLOCKS, TOKENS>;
+  constexpr int THREADS = WARPS_R * WARPS_T * 32, PANELS = K / P::COLUMNS, STEPS = K / STEP;
+  constexpr int RB = ROW_BLOCKS / WARPS_R, TILES = TOKENS / WARPS_T / 8;
+  extern __shared__ __align__(16) u8 shared[];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
+  const int warp_r = warp % WARPS_R, warp_t = warp / WARPS_R;
+  const int token0 = blockIdx.x * TOKENS, row_block0 = blockIdx.y * ROW_BLOCKS;
+
+  auto load_weights = [&](int step) {
+    u8* const to = shared + step % STAGES * S::BYTES;
+    const int panel = step * STEP / P::COLUMNS, chunk_of = step % (P::COLUMNS / STEP);
+#pragma unroll
+    for (int i = threadIdx.x; i < ROW_BLOCKS * S::NUMBERS / 16; i += THREADS) {
+      const int r = i / (S::NUMBERS / 16), piece = i % (S::NUMBERS / 16);
+      const int row_block = min(row_block0 + r, row_blocks - 1);
+      copy_async(to + i * 16,
+                 weights + ((u64)row_block * PANELS + panel) * P::BYTES + chunk_of * S::NUMBERS + piece * 16);
+    }
+    if constexpr (BITS < 16) {
+      constexpr int PIECES = P::SCALE_BYTES / 16;
+#pragma unroll
+      for (int i = threadIdx.x; i < ROW_BLOCKS * PIECES; i += THREADS) {
+        const int row_block = min(row_block0 + i / PIECES, row_blocks - 1);
+        copy_async(to + S::SCALES + i * 16,
+                   weights + ((u64)row_block * PANELS + panel) * P::BYTES + P::NUMBER_BYTES + i % PIECES * 16);
+      }
+    }
+  };
+  auto load_x = [&](int step) {
+    u8* const to = shared + step % STAGES * S::BYTES + S::X;
+#pragma unroll
+    for (int i = threadIdx.x; i < TOKENS * 8; i += THREADS) {
+      const int token = i / 8, piece = i % 8;
+      const int row = min(token0 + token, tokens - 1);
+      copy_async(to + swizzled(token, piece) * 16, x + (u64)row * K + step * STEP + piece * 8);
+    }
+  };
+
+#pragma unroll
+  for (int i = 0; i < STAGES - 1; i++)
+    if (i < STEPS) load_weights(i);
+  const int count = chunk->count;
+  launch_dependents();
+  wait_for_previous();
+  if (token0 >= count) {
+    copy_async_wait<0>();
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < STAGES - 1; i++) {
+    if (i < STEPS) load_x(i);
+    copy_async_commit();
+  }
+
+  float acc[RB][TILES][4] = {};
+#pragma unroll 1
+  for (int step = 0; step < STEPS; step++) {
+    copy_async_wait<STAGES - 2>();
+    __syncthreads();
+    if (step + STAGES - 1 < STEPS) load_weights(step + STAGES - 1), load_x(step + STAGES - 1);
+    copy_async_commit();
+    const u8* const stage = shared + step % STAGES * S::BYTES;
+    const u8* const numbers = stage + warp_r * RB * S::NUMBERS;
+    const u8* const scales = stage + S::SCALES + warp_r * RB * P::SCALE_BYTES;
+#pragma unroll
+    for (int pair = 0; pair < STEP / 32; pair++) {
+      uint4 b[TILES];
+#pragma unroll
+      for (int tile = 0; tile < TILES; tile++) {
+        const int token = (warp_t * TILES + tile) * 8 + g;
+        if constexpr (BITS < 16 && GROUP == 16) {
+          // Columns 4t … of each sixteen: half a piece.
+          const uint2 low = *(const uint2*)(stage + S::X + swizzled(token, pair * 4 + t / 2) * 16 + t % 2 * 8);
+          const uint2 high = *(const uint2*)(stage + S::X + swizzled(token, pair * 4 + 2 + t / 2) * 16 + t % 2 * 8);
+          b[tile] = make_uint4(low.x, low.y, high.x, high.y);
+        } else {
+          b[tile] = *(const uint4*)(stage + S::X + swizzled(token, pair * 4 + t) * 16);
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < RB; r++) {
+        u32 a[2][4];
+        OperandPair<BITS>::load(numbers + r * S::NUMBERS, lane, pair, a);
+        if constexpr (BITS < 16) {
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            const int group = (pair * 32 + i * 16) / GROUP % P::GROUPS;
+            scale_operand<BITS, ZERO>(a[i], scales + r * P::SCALE_BYTES + (g * P::GROUPS + group) * P::VALUES * 2);
+          }
+        }
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+          mma(acc[r][tile], a[0][0], a[0][1], a[0][2], a[0][3], b[tile].x, b[tile].y);
+          mma(acc[r][tile], a[1][0], a[1][1], a[1][2], a[1][3], b[tile].z, b[tile].w);
+        }
+      }
+    }
+  }
+  copy_async_wait<0>();
+
+  if (bias) {
+#pragma unroll
+    for (int r = 0; r < RB; r++) {
+      const int row_block = min(row_block0 + warp_r * RB + r, row_blocks - 1);
+      const float low = bias[row_block * ROW_BLOCK + g], high = bias[row_block * ROW_BLOCK + g + 8];
+#pragma unroll
+      for (int tile = 0; tile < TILES; tile++) {
+        acc[r][tile][0] += low, acc[r][tile][1] += low;
+        acc[r][tile][2] += high, acc[r][tile][3] += high;
+      }
+    }
+  }
+  if constexpr (EPILOGUE == RESIDUAL) {
+    // Eight lanes have eight neighbours of a token: whole sectors of float32.
+#pragma unroll
+    for (int r = 0; r < RB; r++)
+#pragma unroll
+      for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const int token = token0 + (warp_t * TILES + tile) * 8 + 2 * t + i % 2;
+          const int row = (row_block0 + warp_r * RB + r) * ROW_BLOCK + g + i / 2 * 8;
+          if (token < tokens && row < outputs) {
+            float* const at = (float*)out + (u64)token * outputs + row;
+            *at = load_l2(at) + acc[r][tile][i];
+          }
+        }
+  } else {
+    // Through shared memory, so that a warp stores whole lines.
+    constexpr int ROWS = ROW_BLOCKS * (EPILOGUE == SWIGLU ? 8 : 16), LINE = ROWS + 8;
+    u16* const y = (u16*)shared;
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < RB; r++)
+#pragma unroll
+      for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          const int token = (warp_t * TILES + tile) * 8 + 2 * t + i, block = warp_r * RB + r;
+          const float low = acc[r][tile][i], high = acc[r][tile][i + 2];
+          if constexpr (EPILOGUE == SWIGLU) {
+            y[token * LINE + block * 8 + g] = float_to_half(low / (1.f + __expf(-low)) * high);
+          } else {
+            y[token * LINE + block * 16 + g] = float_to_half(low);
+            y[token * LINE + block * 16 + g + 8] = float_to_half(high);
+          }
+        }
+    __syncthreads();
+    const int column0 = blockIdx.y * ROWS;
+    for (int i = threadIdx.x; i < TOKENS * (ROWS / 8); i += THREADS) {
+      const int token = i / (ROWS / 8), column = i % (ROWS / 8) * 8;
+      if (token0 + token >= tokens || column0 + column >= outputs) continue;
+      u16* const to = (u16*)out + (u64)(token0 + token) * outputs + column0 + column;
+      const uint4 eight = *(const uint4*)(y + token * LINE + column);
+      if (outputs % 8 == 0) {
+        *(uint4*)to = eight;
+      } else {
+        const u32 words[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+          if (column0 + column + j < outputs) to[j] = u16(words[j / 2] >> j % 2 * 16);
+      }
+    }
+  }
+}

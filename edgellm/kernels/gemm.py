@@ -1,0 +1,190 @@
+"""Linear layers for a chunk of a prompt: launches of `gemm.cu`, over the weights that decode linears read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from edgellm.cuda.launch import Argument, At, Device, Kernel, Launch
+from edgellm.errors import BuildError
+from edgellm.kernels.linear import BUCKETS, ZERO_NAMES, decode_linear, decode_workspace
+from edgellm.kernels.packing import ROW_BLOCK, PackedShape
+
+Epilogue = Literal["store", "residual", "swiglu"]
+"""`store`: float16 y; `residual`: added to float32; `swiglu`: float16 silu(gate) · up."""
+
+_SOURCE: Final = "gemm.cu"
+_STEP: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What a block computes, and with how many warps.
+
+    Attributes:
+        row_blocks: of 16 out features.
+        tokens: of the chunk.
+        warps_r, warps_t: warps along each.
+        stages: steps of 64 columns under way.
+    """
+
+    row_blocks: int
+    tokens: int
+    warps_r: int
+    warps_t: int
+    stages: int
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return 32 * self.warps_r * self.warps_t
+
+
+TILES: Final = (
+    Tile(8, 128, 2, 2, 4),
+    Tile(8, 128, 2, 2, 3),
+    Tile(8, 128, 2, 2, 2),
+    Tile(8, 64, 2, 2, 4),
+    Tile(8, 64, 2, 2, 3),
+    Tile(8, 64, 2, 2, 2),
+    Tile(4, 64, 2, 2, 4),
+    Tile(4, 64, 2, 2, 3),
+    Tile(8, 32, 4, 1, 4),
+    Tile(4, 32, 4, 1, 4),
+    Tile(4, 32, 4, 1, 3),
+)
+"""From large to small; what is read from shared memory for a product is the less the larger a warp's part."""
+
+
+def prefill_linear(
+    shape: PackedShape,
+    *,
+    tokens: int,
+    device: Device,
+    chunk: At,
+    x: At,
+    weights: At,
+    bias: At | None,
+    epilogue: Epilogue,
+    out: At,
+    workspace: At | None = None,
+    tile: Tile | None = None,
+) -> list[Launch]:
+    """y = x · wᵀ + bias for a chunk's bucket of tokens.
+
+    Rows of the bucket past the chunk's count may get anything, from rows of x that may hold anything.
+
+    Args:
+        tokens: the bucket; up to 16 are a decode linear's rows.
+        chunk: the `Chunk` that says how many tokens there are.
+        x: float16 [tokens, K].
+        bias: float32 [16 · row_blocks], see `pack_bias`.
+        out: float16 or float32 [tokens, shape.outputs], see `Epilogue`.
+        workspace: `prefill_workspace` bytes, as `decode_linear` wants it.
+        tile: instead of `tile_for`.
+    """
+    if (epilogue == "swiglu") != shape.swiglu:
+        raise ValueError(f"epilogue {epilogue} does not suit weights with swiglu {shape.swiglu}")
+    if tile is None and tokens <= BUCKETS[-1]:
+        return decode_linear(
+            shape,
+            rows=_bucket(tokens),
+            device=device,
+            x=x,
+            norm=None,
+            weights=weights,
+            bias=bias,
+            epilogue=epilogue,
+            out=out,
+            workspace=workspace,
+        )
+    cut = tile or tile_for(shape, tokens=tokens, device=device)
+    weight = f"{shape.bits}, {shape.group}, {ZERO_NAMES[shape.zero]}, {shape.k}"
+    parts = f"{cut.row_blocks}, {cut.tokens}, {cut.warps_r}, {cut.warps_t}"
+    kernel = Kernel(
+        _SOURCE,
+        f"gemm<{weight}, {parts}, {epilogue.upper()}, {cut.stages}>",
+        cut.threads,
+        shared_bytes(shape, cut),
+    )
+    arguments: tuple[Argument, ...] = (
+        chunk,
+        weights,
+        x,
+        bias,
+        out,
+        tokens,
+        shape.row_blocks,
+        shape.outputs,
+    )
+    return [Launch(kernel, grid_of(shape, tokens, cut), arguments)]
+
+
+def prefill_workspace(shape: PackedShape, tokens: int, device: Device) -> int:
+    """Bytes that the launches for a bucket need of a workspace; 0: none."""
+    return decode_workspace(shape, _bucket(tokens), device) if tokens <= BUCKETS[-1] else 0
+
+
+def tile_for(shape: PackedShape, *, tokens: int, device: Device) -> Tile:
+    """The tile that should take the least time.
+
+    Raises:
+        BuildError: none fits the device's shared memory.
+    """
+    fitting = [tile for tile in TILES if shared_bytes(shape, tile) <= device.shared_per_block]
+    if not fitting:
+        raise BuildError(
+            f"a prefill linear needs more than the {device.shared_per_block} bytes of shared memory that a "
+            "block has on this device"
+        )
+    return min(fitting, key=lambda tile: _cost(shape, tokens, device, tile))
+
+
+def _cost(shape: PackedShape, tokens: int, device: Device, tile: Tile) -> float:
+    """Time, in no particular unit: waves of blocks, each as long as its arithmetic or its reads take."""
+    x, y, _ = grid_of(shape, tokens, tile)
+    per_sm = max(1, min(2, (device.shared_per_block + 1024) // (shared_bytes(shape, tile) + 1024)))
+    blocks = x * y
+    # Full SMs, then a rest; an SM with one block has half as many warps to hide latencies with.
+    full, rest = divmod(blocks, device.multiprocessors * per_sm)
+    waves = full * per_sm + (0 if rest == 0 else 1.2 if rest <= device.multiprocessors else per_sm)
+    rows, columns = tile.row_blocks * ROW_BLOCK, tile.tokens
+    warp_rows, warp_columns = rows // tile.warps_r, columns // tile.warps_t
+    # A product needs its operands from shared memory, 1/2 byte of w and 2 of x, and w's dequantization.
+    reads = 1 / warp_columns * 0.5 + 2 / warp_rows + 4 / warp_columns
+    stalls = 1.0 if tile.stages >= 4 else 1.05 if tile.stages == 3 else 1.3
+    return waves * rows * columns * (1 + 8 * reads) * stalls
+
+
+def grid_of(shape: PackedShape, tokens: int, tile: Tile) -> tuple[int, int, int]:
+    """Tiles along tokens, then along out features: neighbours in time share weights."""
+    return -(-tokens // tile.tokens), -(-shape.row_blocks // tile.row_blocks), 1
+
+
+def shared_bytes(shape: PackedShape, tile: Tile) -> int:
+    """Dynamic shared memory of a block: the ring (`Stage` in gemm.cu), or at the end the tile of results."""
+    numbers = ROW_BLOCK * _STEP * shape.bits // 8
+    scales = shape.panel_bytes - shape.number_bytes
+    stage = tile.row_blocks * (numbers + scales) + tile.tokens * _STEP * 2
+    rows = tile.row_blocks * (8 if shape.swiglu else ROW_BLOCK)
+    return max(tile.stages * stage, tile.tokens * (rows + 8) * 2)
+
+
+def outputs_of(
+    shape: PackedShape, tokens: int, tile: Tile, block: tuple[int, int]
+) -> Iterator[tuple[int, int]]:
+    """(row block, first of 8 tokens) of each mma tile that a block's warps compute: for tests."""
+    parts_r, parts_t = tile.row_blocks // tile.warps_r, tile.tokens // tile.warps_t // 8
+    for warp in range(tile.warps_r * tile.warps_t):
+        warp_r, warp_t = warp % tile.warps_r, warp // tile.warps_r
+        for r in range(parts_r):
+            for t in range(parts_t):
+                row_block = block[1] * tile.row_blocks + warp_r * parts_r + r
+                token = block[0] * tile.tokens + (warp_t * parts_t + t) * 8
+                if row_block < shape.row_blocks and token < tokens:
+                    yield row_block, token
+
+
+def _bucket(tokens: int) -> int:
+    return next(rows for rows in BUCKETS if rows >= tokens)
