@@ -1,12 +1,12 @@
 """Train a small llama on the documentation that Python carries: a float16 model that nobody has quantized.
 
-    python tools/train_tiny.py DIRECTORY [--minutes 12]
+    python tools/train_tiny.py DIRECTORY
 
 Needs torch and transformers, which edgellm does not; last run with 2.13.0 and 5.23.0 on Python 3.11. The
 corpus is `pydoc_data.topics` (the language reference) and every docstring of the standard library, split by
 document: every tenth is held out. DIRECTORY becomes a Hugging Face model directory with a byte-level BPE
 vocabulary, plus `train.txt` and `held-out.txt`. The same Python, torch and number of threads make the same
-model, as long as --steps and not --minutes ends the training.
+model, if --steps ends the training and not --minutes.
 
 Quantizers can only be compared on a model that was never on any quantizer's grid; published small ones that
 are at hand as GGUF files all were.

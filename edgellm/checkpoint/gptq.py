@@ -43,7 +43,7 @@ _KNOWN: Final = frozenset(
     | {"block_name_to_quantize", "module_name_preceding_first_block", "batch_size", "pad_token_id", "backend"}
     | {"use_cuda_fp16", "use_exllama", "max_input_length", "exllama_config", "cache_block_outputs", "meta"}
     | {"modules_in_block_to_quantize", "model_name_or_path", "model_file_base_name", "lm_head", "pack_dtype"}
-    | {"disable_exllama", "mse", "format"}
+    | {"disable_exllama", "mse", "format", "dynamic"}
 )
 
 
@@ -83,6 +83,11 @@ class Gptq:
             raise config.unsupported(key)
         if config.values.get("pack_dtype") not in (None, "int32"):
             raise config.unsupported("pack_dtype")
+        # GPTQModel: "-:" before a pattern leaves layers out, which their tensors show; other patterns
+        # give them bits and groups of their own.
+        dynamic = config.section("dynamic")
+        if dynamic is not None and not all(pattern.startswith("-:") for pattern in dynamic.values):
+            raise config.unsupported("dynamic")
         return cls(
             bits=4 if bits == 4 else 8,
             group=config.integer("group_size", minimum=-1),

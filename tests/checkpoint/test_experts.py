@@ -135,3 +135,31 @@ def test_a_packed_c_attn(method: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_directory(tmp_path, QWEN, config=config, linear=linear))
     assert checkpoint.quantization.quant_algo == f"W4A16_{method.upper()}"
     assert_same(checkpoint, QWEN.parted(made))
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "refused"), [({r"-:.*mlp\.gate$": {}}, False), ({r"+:.*down_proj": {"bits": 8}}, True)]
+)
+def test_gptq_leaves_the_router_out(dynamic: dict[str, Any], refused: bool, tmp_path: Path) -> None:
+    made = dict(MOE.weights())
+
+    def linear(layer: str, values: NDArray[np.float32]) -> Tensors:
+        quantized = quantize(values, 8)
+        made[layer.removeprefix("model.")] = quantized.weight()
+        return packers.gptq(layer, quantized, stored_zero=0)
+
+    quantization = {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": 8,
+        "checkpoint_format": "gptq_v2",
+        "dynamic": dynamic,
+    }
+    path = write_directory(tmp_path, MOE, config={"quantization_config": quantization}, linear=linear)
+    if refused:
+        with pytest.raises(CheckpointError, match="quantization_config has dynamic"):
+            open_checkpoint(path)
+    else:
+        checkpoint = open_checkpoint(path)
+        assert isinstance(checkpoint.tensor("layers.0.mlp.gate"), Dense)
+        assert_same(checkpoint, made)

@@ -7,7 +7,7 @@ from typing import Literal
 import hypothesis.extra.numpy as arrays
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -58,6 +58,7 @@ matrices = st.sampled_from([32, 64]).flatmap(
 
 
 @EITHER
+@settings(deadline=None)
 @given(case=matrices)
 def test_whatever_the_numbers(bits: Bits, case: tuple[int, Float]) -> None:
     """q in range, float16 numbers, the error as said, and no group worse than rounding to nearest."""
@@ -87,6 +88,7 @@ def test_whatever_the_numbers(bits: Bits, case: tuple[int, Float]) -> None:
 
 
 @EITHER
+@settings(deadline=None)
 @given(
     weights=arrays.arrays(np.float32, 64, elements=st.floats(0, 1e6, width=32)),
     seed=st.integers(0, 1000),
@@ -99,7 +101,8 @@ def test_no_group_is_worse_by_importance_either(bits: Bits, weights: Float, seed
     h = np.tile(weights.astype(np.float64), (3, 1))
     means = _of_groups(h, 32)
     h = np.where(np.repeat(means, 32).reshape(h.shape) > 0, h, 1.0)
-    assert (_of_groups(h * squares, 32) <= _of_groups(h * plain, 32) * 1.001).all()
+    least = _of_groups(h * w.astype(np.float64) ** 2, 32) * 1e-10  # what float32 sums tell apart
+    assert (_of_groups(h * squares, 32) <= _of_groups(h * plain, 32) * 1.001 + least).all()
 
 
 @EITHER
