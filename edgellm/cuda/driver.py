@@ -12,7 +12,9 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any, Final
 
 import numpy as np
@@ -204,6 +206,21 @@ class Driver:
         if int(status) != _SUCCESS:
             raise self._error("cuEventQuery", status)
         return True
+
+    def time(self, body: Callable[[], None], stream: Any, *, rounds: int = 9, warm_up: int = 2) -> float:
+        """Seconds that what `body` puts into the stream takes: the median of some rounds, back to back."""
+        for _ in range(warm_up):
+            body()
+        events = [self.event(timed=True) for _ in range(rounds + 1)]
+        self.call("cuEventRecord", events[0], stream)
+        for event in events[1:]:
+            body()
+            self.call("cuEventRecord", event, stream)
+        self.call("cuStreamSynchronize", stream)
+        taken = [self.call("cuEventElapsedTime", one, other) for one, other in pairwise(events)]
+        for event in events:
+            self.call("cuEventDestroy", event)
+        return float(median(taken)) / 1000
 
     # Modules and launches.
 

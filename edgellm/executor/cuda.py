@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from edgellm.cuda.cubin import read_resources
 from edgellm.cuda.driver import Driver, resolve
+from edgellm.cuda.launch import Launch
 from edgellm.errors import DeviceLost, ExecutorFault
 from edgellm.executor.base import (
     ExecutorInfo,
@@ -67,10 +69,19 @@ _NAP_S: Final = 50e-6
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
-    """A captured program."""
+    """A captured program.
+
+    Attributes:
+        handle: of the graph.
+        logits: where on the device they lie.
+        launches: what it was captured of.
+        capture: captures some of them by themselves.
+    """
 
     handle: Any
     logits: int
+    launches: Sequence[Launch]
+    capture: Callable[[Sequence[Launch]], Any]
 
 
 @dataclass(slots=True)
@@ -126,6 +137,21 @@ class _Loaded:
     ring: list[tuple[StepBuffers, Any]]
     sampling: NDArray[Any]
     handles: list[Any] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What some launches took together.
+
+    Attributes:
+        name: of their kernel, or `all`.
+        count: launches.
+        seconds: for all of them.
+    """
+
+    name: str
+    count: int
+    seconds: float
 
 
 class CudaExecutor:
@@ -321,6 +347,31 @@ class CudaExecutor:
         assert flight.result is not None
         return flight.result
 
+    def profile(self, *, rows: int | None = None, tokens: int | None = None) -> list[Timing]:
+        """How long the kernels of a decode bucket, or of a prefill one, take: all, then each kind by itself.
+
+        Launches of one kind run one after the other, each with its own layer's weights. What steps computed is
+        lost; nothing may be open.
+        """
+        assert not self._open, "a step is open"
+        self._attach()
+        state = self._device_state
+        graph = state.prefill[tokens] if rows is None and tokens is not None else state.decode[rows or 1]
+        kinds: dict[str, list[Launch]] = {"all": list(graph.launches)}
+        for launch in graph.launches:
+            kinds.setdefault(launch.kernel.expression, []).append(launch)
+        timings = []
+        for name, launches in kinds.items():
+            handle = graph.capture(launches)
+            seconds = state.driver.time(partial(self._replay, handle), state.stream)
+            state.driver.call("cuGraphExecDestroy", handle)
+            timings.append(Timing(name, len(launches), seconds))
+        return timings
+
+    def _replay(self, handle: Any) -> None:
+        state = self._device_state
+        state.driver.call("cuGraphLaunch", handle, state.stream)
+
     def close(self) -> None:
         """Give the memory back; idempotent."""
         state, self._loaded = self._loaded, None
@@ -382,22 +433,28 @@ class CudaExecutor:
         load_weights(driver, stream, weights, memory.at("weights"), lambda done: progress("weights", done))
         self._sampler = Sampler(shape.max_batch_size, spec.vocab_size, max_seq_len=shape.max_seq_len)
 
+        dependent = self._dependent_launch and facts.device.has_dependent_launch
+
         def capture(program: Program) -> _Graph:
             address_of = memory.resolver(program)
 
-            def launch() -> None:
-                for each in program.launches:
-                    driver.launch(
-                        functions[each.kernel],
-                        each.grid,
-                        threads=each.kernel.threads,
-                        shared=each.kernel.shared,
-                        arguments=resolve(each.arguments, address_of),
-                        stream=stream,
-                        early=each.early and self._dependent_launch and facts.device.has_dependent_launch,
-                    )
+            def of(launches: Sequence[Launch]) -> Any:
+                def launch() -> None:
+                    for each in launches:
+                        driver.launch(
+                            functions[each.kernel],
+                            each.grid,
+                            threads=each.kernel.threads,
+                            shared=each.kernel.shared,
+                            arguments=resolve(each.arguments, address_of),
+                            stream=stream,
+                            early=each.early and dependent,
+                        )
 
-            return _Graph(driver.capture(stream, launch), memory.address_in(program, "logits"))
+                return driver.capture(stream, launch)
+
+            logits = memory.address_in(program, "logits")
+            return _Graph(of(program.launches), logits, program.launches, of)
 
         graphs: dict[int, dict[int, _Graph]] = {0: {}, 1: {}}
         for kind, programs_of_kind in enumerate((decode, prefill)):
