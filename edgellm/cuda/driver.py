@@ -85,12 +85,15 @@ class Driver:
         index: of the device.
         api: cuda-bindings' driver module, or what stands in for it; None: the one installed.
         root: where /dev is.
+        context: whether there is to be a context; without one, only `facts` can be asked for.
 
     Raises:
         DeviceError: CUDA or the device cannot be used; the message says what would help.
     """
 
-    def __init__(self, index: int = 0, *, api: Any = None, root: Path = Path("/")) -> None:
+    def __init__(
+        self, index: int = 0, *, api: Any = None, root: Path = Path("/"), context: bool = True
+    ) -> None:
         self._api = load_driver() if api is None else api
         self._root = root
         self._streams: list[Any] = []
@@ -121,8 +124,9 @@ class Driver:
                 f"{self.facts.name} has compute capability {sm // 10}.{sm % 10}; the kernels need 8.0 "
                 "(Ampere) or newer. Build the engine with --executor cpu for this machine"
             )
-        self._context = self.call("cuDevicePrimaryCtxRetain", self._device)
-        self.attach()
+        if context:
+            self._context = self.call("cuDevicePrimaryCtxRetain", self._device)
+            self.attach()
 
     def attach(self) -> None:
         """Make the context current on the calling thread, which every thread that calls needs once."""
