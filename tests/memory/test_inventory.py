@@ -14,8 +14,8 @@ from tiny_llama import TINY
 from edgellm.checkpoint import open_checkpoint
 from edgellm.cli import main
 from edgellm.enginedir import EngineDir, open_engine
+from edgellm.memory.footprints import footprint_of
 from edgellm.memory.plan import Line, Shape, make_plan
-from edgellm.memory.promise import footprint_of
 from edgellm.model.inventory import Matrices, take_inventory
 from edgellm.server_config import ServerConfig
 
