@@ -14,8 +14,9 @@ from edgellm.model.spec import ModelSpec
 FORMAT_VERSION: Final = 1
 UNSEALED: Final = "0" * 64
 
-Compute = Literal["int8", "fp32"]
-"""`int8`: weights as stored, activations quantized on the fly; `fp32`: the reference."""
+Compute = Literal["int8", "fp32", "fp16"]
+"""`int8`: weights as stored, activations quantized on the fly; `fp32`: the reference; both the CPU's. `fp16`:
+weights as stored, activations in half precision, sums in single: CUDA's."""
 
 
 class Mapping(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -99,7 +100,7 @@ class EdgellmSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """
 
     format_version: int
-    executor: Literal["cpu"]
+    executor: Literal["cpu", "cuda"]
     executor_version: str | None = None
     compute: Compute
     kv_cache: KvCache = "fp32"

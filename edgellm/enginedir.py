@@ -1,7 +1,8 @@
 """The engine directory: what `edgellm build` writes and everything else opens.
 
     config.json             TensorRT-LLM's version, pretrained_config and build_config, plus our own section
-    model.onnx, …           the network, by executor
+    model.onnx, …           the network, by executor: for CUDA network.json, weights.safetensors, and compiled
+                            kernels as kernels/sm_87/….cubin
     tokenizer.json          Hugging Face's tokenizers
     tokenizer_config.json   the special tokens' text, for the chat template
     chat_template.jinja     absent if the checkpoint has none
@@ -264,10 +265,11 @@ def seal(draft: Path, config: EngineConfig, hashed: Mapping[str, str] = {}) -> E
     Args:
         hashed: file name → SHA-256 in hex, of those that need not be read again.
     """
+    names = {file.relative_to(draft).as_posix(): file for file in sorted(draft.rglob("*")) if file.is_file()}
     files = {
-        file.name: FileRecord(sha256=hashed.get(file.name) or sha256_of(file), bytes=file.stat().st_size)
-        for file in sorted(draft.iterdir())
-        if file.name != CONFIG
+        name: FileRecord(sha256=hashed.get(name) or sha256_of(file), bytes=file.stat().st_size)
+        for name, file in names.items()
+        if name != CONFIG
     }
     section = msgspec.structs.replace(config.edgellm, files=files, config_sha256=UNSEALED)
     config = msgspec.structs.replace(config, edgellm=section)
@@ -343,7 +345,7 @@ def _umask() -> int:
 
 def _sync(directory: Path) -> None:
     """Bring a directory and its files to the disk, so that after the rename a power cut cannot empty them."""
-    for path in (*directory.iterdir(), directory):
+    for path in (*directory.rglob("*"), directory):
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

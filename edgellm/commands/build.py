@@ -9,25 +9,35 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
 
 from edgellm.commands.quantizing import QuantizedBuild, add_flags
 
 if TYPE_CHECKING:
     from edgellm.checkpoint import Checkpoint
+    from edgellm.engine_config import Compute
     from edgellm.enginedir import BuildConfig, EngineConfig
     from edgellm.executor.base import Progress
+    from edgellm.model.kv_cache import KvCache
     from edgellm.model.spec import ModelSpec
 
 DEFAULT_BATCH_SIZE = 4
 DEFAULT_SEQ_LEN = 2048
-DEFAULT_NUM_TOKENS = 256
+DEFAULT_NUM_TOKENS = {"cpu": 256, "cuda": 1024}
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command to the command line."""
     parser = subparsers.add_parser("build", help="make an engine directory of a checkpoint")
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="GGUF file or model directory")
+    parser.add_argument(
+        "checkpoint", nargs="?", type=Path, metavar="CHECKPOINT", help="GGUF file or model directory"
+    )
+    parser.add_argument(
+        "--random",
+        metavar="MODEL",
+        help="instead of a checkpoint: random weights of a known shape, such as qwen3-8b, to measure with; "
+        "--quant is what they are",
+    )
     parser.add_argument(
         "-o", "--output", type=Path, metavar="ENGINE", required=True, help="directory to make"
     )
@@ -48,21 +58,27 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--max-num-tokens",
         type=int,
         metavar="N",
-        help=f"tokens that a step may feed, all requests together (default {DEFAULT_NUM_TOKENS})",
+        help="tokens that a step may feed, all requests together (default 256, cuda 1024)",
     )
     parser.add_argument(
         "--compute",
-        choices=("int8", "fp32"),
-        default="int8",
-        help="int8: weights as stored, activations quantized on the fly; fp32: the exact, slow reference",
+        choices=("int8", "fp32", "fp16"),
+        help="int8 (cpu's default): weights as stored, activations quantized on the fly; fp32: the exact, "
+        "slow reference; fp16: cuda's",
     )
     parser.add_argument(
         "--kv-cache",
-        choices=("fp32", "fp16"),
-        default="fp32",
-        help="fp16: half the KV memory; attention then computes in half precision (default %(default)s)",
+        choices=("fp32", "fp16", "int8"),
+        help="cpu: fp32 (default), or fp16, half the memory, attention in half precision; cuda: fp16 "
+        "(default), or int8 with a scale for each token and head",
     )
-    parser.add_argument("--executor", choices=("cpu",), default="cpu", help="what is to run it")
+    parser.add_argument("--executor", choices=("cpu", "cuda"), default="cpu", help="what is to run it")
+    parser.add_argument(
+        "--sm",
+        metavar="N,…",
+        help="cuda: compile the kernels now for these compute capabilities, such as 87 for Orin; without it "
+        "the device compiles them at its first start",
+    )
     parser.add_argument(
         "--model-name",
         metavar="NAME",
@@ -78,21 +94,22 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         OperatorError: the flags, the checkpoint or the place to write; see edgellm.errors.
     """
-    from edgellm.checkpoint import open_checkpoint
     from edgellm.commands.progress import progress_bar
     from edgellm.engine_draft import remove_abandoned_drafts
     from edgellm.enginedir import new_engine, seal
 
     started = time.monotonic()
-    refuse_model_name(args.checkpoint)
-    checkpoint = open_checkpoint(args.checkpoint)
+    target = _target(args)
+    checkpoint = _checkpoint(args)
     build = build_config(
         checkpoint.spec,
         max_batch_size=args.max_batch_size,
         max_seq_len=args.max_seq_len,
         max_num_tokens=args.max_num_tokens,
+        usual_num_tokens=DEFAULT_NUM_TOKENS[args.executor],
     )
-    quantized = QuantizedBuild.from_flags(args, checkpoint)
+    # Random weights are made in their quantized form.
+    quantized = None if args.random else QuantizedBuild.from_flags(args, checkpoint)
     if quantized is not None:
         checkpoint = quantized.checkpoint
     for draft in remove_abandoned_drafts(args.output.resolve()):
@@ -101,8 +118,8 @@ def run(args: argparse.Namespace) -> int:
         _write_text(checkpoint, draft)
         if quantized is not None:
             quantized.calibrate(draft, progress)
-        config = _engine_config(args, checkpoint, build)
-        hashed = _write_network(args, checkpoint, draft, build, progress)
+        config = _engine_config(args, target, checkpoint, build)
+        hashed = _write_network(target, checkpoint, draft, build, progress)
         if quantized is not None:
             quantized.write_report(draft, progress)
         progress("checksums", 1.0)
@@ -111,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
     print(
         f"{args.output}: {config.edgellm.model_name}, {size / 1e6:.1f} MB, "
         f"{build.slots}, steps of {build.max_num_tokens}, "
-        f"{args.executor} {args.compute}, built in {time.monotonic() - started:.1f} s"
+        f"{args.executor} {target.compute}, built in {time.monotonic() - started:.1f} s"
     )
     if quantized is not None:
         quantized.show_report()
@@ -124,8 +141,9 @@ def build_config(
     max_batch_size: int | None = None,
     max_seq_len: int | None = None,
     max_num_tokens: int | None = None,
+    usual_num_tokens: int = DEFAULT_NUM_TOKENS["cpu"],
 ) -> BuildConfig:
-    """The sizes to build for; None takes the default.
+    """The sizes to build for; None takes the default, for max_num_tokens `usual_num_tokens` if that can be.
 
     Raises:
         UsageError: they make no sense, by themselves or together; the message names the flag.
@@ -147,7 +165,7 @@ def build_config(
         )
     most = max_batch_size * max_seq_len
     if max_num_tokens is None:
-        max_num_tokens = min(max(DEFAULT_NUM_TOKENS, max_batch_size), most)
+        max_num_tokens = min(max(usual_num_tokens, max_batch_size), most)
     if not max_batch_size <= max_num_tokens <= most:
         raise UsageError(
             f"--max-num-tokens {max_num_tokens}: from {max_batch_size} (one for each of --max-batch-size) "
@@ -176,9 +194,65 @@ def refuse_model_name(path: Path) -> None:
         raise UsageError(f"{path} is no file; `edgellm fetch {path}` brings that model and prints its path")
 
 
-def _engine_config(args: argparse.Namespace, checkpoint: Checkpoint, build: BuildConfig) -> EngineConfig:
-    from importlib.metadata import version
+class _Target(NamedTuple):
+    """What the engine is for, checked: flags that belong together, defaults filled in."""
 
+    executor: Literal["cpu", "cuda"]
+    compute: Compute
+    kv_cache: KvCache
+    sms: tuple[int, ...]
+
+
+TARGETS: dict[str, tuple[tuple[Compute, ...], tuple[KvCache, ...]]] = {
+    "cpu": (("int8", "fp32"), ("fp32", "fp16")),
+    "cuda": (("fp16",), ("fp16", "int8")),
+}
+"""Executor → how it can compute, and what its caches can hold; the defaults first."""
+
+
+def _target(args: argparse.Namespace) -> _Target:
+    from edgellm.errors import UsageError
+    from edgellm.executor.cuda_kernels import devices_of
+
+    for flag, choices in zip(("compute", "kv_cache"), TARGETS[args.executor], strict=True):
+        asked = getattr(args, flag)
+        if asked is not None and asked not in choices:
+            raise UsageError(
+                f"--{flag.replace('_', '-')} {asked}: the {args.executor} executor has "
+                + " and ".join(choices)
+            )
+    if args.sm is not None and args.executor != "cuda":
+        raise UsageError("--sm: only --executor cuda compiles kernels")
+    try:
+        sms = tuple(dict.fromkeys(int(word) for word in args.sm.split(","))) if args.sm else ()
+        for sm in sms:
+            devices_of(sm)
+    except ValueError as error:
+        raise UsageError(f"--sm {args.sm}: {error}") from None
+    computes, caches = TARGETS[args.executor]
+    return _Target(args.executor, args.compute or computes[0], args.kv_cache or caches[0], sms)
+
+
+def _checkpoint(args: argparse.Namespace) -> Checkpoint:
+    from edgellm.checkpoint import open_checkpoint
+    from edgellm.errors import UsageError
+
+    if (args.checkpoint is None) == (args.random is None):
+        raise UsageError("name either a CHECKPOINT or --random MODEL")
+    if args.random is not None:
+        from edgellm.checkpoint.random import random_checkpoint
+
+        for flag in ("group_size", "quant_head", "calibrate", "evaluate"):
+            if getattr(args, flag) is not None:
+                raise UsageError(f"--{flag.replace('_', '-')}: random weights are of one kind, --quant")
+        return random_checkpoint(args.random, "fp16" if args.quant == "none" else args.quant)
+    refuse_model_name(args.checkpoint)
+    return open_checkpoint(args.checkpoint)
+
+
+def _engine_config(
+    args: argparse.Namespace, target: _Target, checkpoint: Checkpoint, build: BuildConfig
+) -> EngineConfig:
     import msgspec
 
     from edgellm import __version__
@@ -193,10 +267,10 @@ def _engine_config(args: argparse.Namespace, checkpoint: Checkpoint, build: Buil
         build_config=build,
         edgellm=EdgellmSection(
             format_version=FORMAT_VERSION,
-            executor=args.executor,
-            executor_version=f"onnxruntime {version('onnxruntime')}",
-            compute=args.compute,
-            kv_cache=args.kv_cache,
+            executor=target.executor,
+            executor_version=_executor_version(target.executor),
+            compute=target.compute,
+            kv_cache=target.kv_cache,
             model_name=args.model_name or checkpoint.name,
             bos_id=checkpoint.bos_id,
             add_bos=checkpoint.add_bos,
@@ -204,6 +278,16 @@ def _engine_config(args: argparse.Namespace, checkpoint: Checkpoint, build: Buil
             weights=take_inventory(checkpoint),
         ),
     )
+
+
+def _executor_version(executor: str) -> str:
+    from importlib.metadata import version
+
+    if executor == "cpu":
+        return f"onnxruntime {version('onnxruntime')}"
+    from edgellm.model.network import LAYOUT_VERSION
+
+    return f"layout {LAYOUT_VERSION}"
 
 
 def _write_text(checkpoint: Checkpoint, draft: Path) -> None:
@@ -235,12 +319,23 @@ def _write_text(checkpoint: Checkpoint, draft: Path) -> None:
 
 
 def _write_network(
-    args: argparse.Namespace, checkpoint: Checkpoint, draft: Path, build: BuildConfig, progress: Progress
+    target: _Target, checkpoint: Checkpoint, draft: Path, build: BuildConfig, progress: Progress
 ) -> dict[str, str]:
     """Write the network; gives the SHA-256 of files that were hashed meanwhile."""
-    from edgellm.model.onnx import emit
+    if target.executor == "cpu":
+        from edgellm.model import onnx
 
-    return emit(checkpoint, draft, build, compute=args.compute, kv_cache=args.kv_cache, progress=progress)
+        assert target.compute != "fp16"
+        return onnx.emit(
+            checkpoint, draft, build, compute=target.compute, kv_cache=target.kv_cache, progress=progress
+        )
+    from edgellm.executor.cuda_build import write_kernels
+    from edgellm.model import kernels
+
+    hashed = kernels.emit(checkpoint, draft, build, progress=progress)
+    for sm in target.sms:
+        write_kernels(draft, checkpoint.spec, build, kv_cache=target.kv_cache, sm=sm, progress=progress)
+    return hashed
 
 
 @contextmanager

@@ -13,10 +13,13 @@ from edgellm.commands.quantizing import add_recipe_flags, recipe_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from edgellm.engine_config import Compute
     from edgellm.memory.budget import Budget
     from edgellm.memory.config import MemoryConfig
     from edgellm.memory.cpu import CpuFootprint
+    from edgellm.memory.cuda import CudaFootprint
     from edgellm.memory.plan import Line, Plan, Shape
+    from edgellm.model.kv_cache import KvCache
 
 SIZES = ("max_batch_size", "max_seq_len", "max_num_tokens")
 
@@ -30,13 +33,15 @@ class Subject:
         footprint: the executor's.
         shape: the sizes asked for, or as built, or the defaults of `edgellm build`.
         longest: tokens that the model was trained for.
+        executor: `cpu` or `cuda`.
         rebuild: flags of `edgellm build` that the engine was not built with.
     """
 
     name: str
-    footprint: CpuFootprint
+    footprint: CpuFootprint | CudaFootprint
     shape: Shape
     longest: int
+    executor: str
     rebuild: tuple[str, ...] = ()
 
 
@@ -59,8 +64,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     for size in SIZES:
         flag = "--" + size.replace("_", "-")
         parser.add_argument(flag, type=int, metavar="N", help="as built, or as `edgellm build` would")
-    parser.add_argument("--kv-cache", choices=("fp32", "fp16"), help="element type of the KV cache")
-    parser.add_argument("--compute", choices=("int8", "fp32"), help="how the linear layers compute")
+    parser.add_argument("--kv-cache", choices=("fp32", "fp16", "int8"), help="element type of the KV cache")
+    parser.add_argument("--compute", choices=("int8", "fp32"), help="how the CPU's linear layers compute")
+    parser.add_argument("--executor", choices=("cpu", "cuda"), help="of a checkpoint (default cpu)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one for each core)")
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument(
@@ -118,8 +124,8 @@ def _engine(args: argparse.Namespace) -> Subject:
     from edgellm.commands.build import build_config
     from edgellm.enginedir import open_engine
     from edgellm.errors import UsageError
+    from edgellm.memory.footprints import footprint_of
     from edgellm.memory.plan import Shape, with_tokens
-    from edgellm.memory.promise import footprint_of
     from edgellm.server_config import ServerConfig
 
     engine = open_engine(args.path)
@@ -131,23 +137,27 @@ def _engine(args: argparse.Namespace) -> Subject:
     if args.max_num_tokens is None:
         shape = with_tokens(shape)
     build_config(engine.spec, **asdict(shape))  # refuses what makes no sense
-    footprint = footprint_of(engine, threads=_threads(args), server=ServerConfig())
+    footprint = footprint_of(engine, threads=_threads(args), server=ServerConfig(), root=args.root)
+    executor = engine.config.edgellm.executor
+    _refuse(args, executor)
     kv_cache, compute = args.kv_cache or engine.kv_cache, args.compute or engine.compute
     beyond = [name for name in SIZES if getattr(shape, name) > getattr(engine.build, name)]
     beyond += ["kv_cache"] * (kv_cache != engine.kv_cache) + ["compute"] * (compute != engine.compute)
     return Subject(
         engine.model_name,
-        replace(footprint, kv_cache=kv_cache, compute=compute),
+        _changed(footprint, kv_cache, compute),
         shape,
         engine.spec.max_context,
+        executor,
         tuple("--" + name.replace("_", "-") for name in beyond),
     )
 
 
 def _checkpoint(args: argparse.Namespace) -> Subject:
     from edgellm.checkpoint import open_checkpoint
-    from edgellm.commands.build import build_config, refuse_model_name
+    from edgellm.commands.build import DEFAULT_NUM_TOKENS, build_config, refuse_model_name
     from edgellm.memory.cpu import CpuFootprint
+    from edgellm.memory.footprints import cuda_footprint
     from edgellm.memory.plan import Shape
     from edgellm.model.inventory import take_inventory
     from edgellm.quantize.checkpoint import QuantizedCheckpoint
@@ -157,19 +167,62 @@ def _checkpoint(args: argparse.Namespace) -> Subject:
     recipe = recipe_of(args)
     if recipe is not None:
         checkpoint = QuantizedCheckpoint(checkpoint, recipe)
-    build = build_config(checkpoint.spec, **{name: getattr(args, name) for name in SIZES})
-    return Subject(
-        checkpoint.name,
-        CpuFootprint(
+    executor = args.executor or "cpu"
+    _refuse(args, executor)
+    build = build_config(
+        checkpoint.spec,
+        **{name: getattr(args, name) for name in SIZES},
+        usual_num_tokens=DEFAULT_NUM_TOKENS[executor],
+    )
+    footprint: CpuFootprint | CudaFootprint
+    if executor == "cuda":
+        footprint = cuda_footprint(checkpoint, kv_cache=args.kv_cache or "fp16", root=args.root)
+    else:
+        footprint = CpuFootprint(
             spec=checkpoint.spec,
             weights=take_inventory(checkpoint),
             compute=args.compute or "int8",
             kv_cache=args.kv_cache or "fp32",
             threads=_threads(args),
-        ),
+        )
+    return Subject(
+        checkpoint.name,
+        footprint,
         Shape(build.max_batch_size, build.max_seq_len, build.max_num_tokens),
         checkpoint.spec.max_context,
+        executor,
     )
+
+
+def _refuse(args: argparse.Namespace, executor: str) -> None:
+    """Refuse flags of another executor.
+
+    Raises:
+        UsageError: naming the flag.
+    """
+    from edgellm.commands.build import TARGETS
+    from edgellm.errors import UsageError
+
+    if args.executor not in (None, executor):
+        raise UsageError(f"--executor {args.executor}: {args.path} was built for {executor}")
+    for flag, choices in zip(("compute", "kv_cache"), TARGETS[executor], strict=True):
+        asked = getattr(args, flag)
+        if asked is not None and asked not in choices:
+            raise UsageError(
+                f"--{flag.replace('_', '-')} {asked}: the {executor} executor has {' and '.join(choices)}"
+            )
+
+
+def _changed(
+    footprint: CpuFootprint | CudaFootprint, kv_cache: KvCache, compute: Compute
+) -> CpuFootprint | CudaFootprint:
+    """The footprint with other caches, or of linears that compute otherwise."""
+    from edgellm.executor.cuda_build import cache_kind
+    from edgellm.memory.cpu import CpuFootprint
+
+    if isinstance(footprint, CpuFootprint):
+        return replace(footprint, kv_cache=kv_cache, compute=compute)
+    return replace(footprint, kv_cache=cache_kind(kv_cache))
 
 
 def _threads(args: argparse.Namespace) -> int:
@@ -187,13 +240,15 @@ def _as_text(subject: Subject, plan: Plan, budget: Budget, fitting: Sequence[Sha
     rows = [(line.name, show_size(line.bytes), _how(line)) for line in plan.lines]
     rows += [
         ("total", show_size(plan.total), f"at READY {show_size(plan.at_ready)}"),
+        *_on_device(plan),
         ("budget", show_size(budget.bytes), budget.text),
         ("headroom", show_size(plan.headroom), "" if plan.fits else "it does not fit"),
     ]
     name, size = (max(len(row[column]) for row in rows) for column in (0, 1))
     text = [
         f"{subject.name}: {shape.max_batch_size} slots of {shape.max_seq_len} tokens, "
-        f"steps of {shape.max_num_tokens}, cpu {footprint.compute}, KV cache {footprint.kv_cache}",
+        f"steps of {shape.max_num_tokens}, {subject.executor} {footprint.compute}, "
+        f"KV cache {footprint.kv_cache}",
         "",
         *(f"{part:{name}}  {amount:>{size}}  {how}".rstrip() for part, amount, how in rows),
         "",
@@ -203,6 +258,15 @@ def _as_text(subject: Subject, plan: Plan, budget: Budget, fitting: Sequence[Sha
     if subject.rebuild:
         text += ["", f"The engine was not built with this {', '.join(subject.rebuild)}: build it again."]
     return "\n".join(text)
+
+
+def _on_device(plan: Plan) -> list[tuple[str, str, str]]:
+    """What a GPU with memory of its own has to have, beside the budget."""
+    from edgellm.memory.sizes import show_size
+
+    if plan.unified:
+        return []
+    return [("on the GPU", show_size(plan.on_device), "of its own memory, not of the budget")]
 
 
 def _how(line: Line) -> str:
@@ -224,13 +288,15 @@ def _as_json(subject: Subject, plan: Plan, budget: Budget, fitting: Sequence[Sha
     return json.dumps(
         {
             "model": subject.name,
-            "executor": "cpu",
+            "executor": subject.executor,
             "compute": subject.footprint.compute,
             "kv_cache": subject.footprint.kv_cache,
             "shape": asdict(plan.shape),
             "lines": [asdict(line) for line in plan.lines],
             "total": plan.total,
             "at_ready": plan.at_ready,
+            "unified": plan.unified,
+            "on_device": plan.on_device,
             "budget": asdict(budget),
             "headroom": plan.headroom,
             "fits": [asdict(shape) for shape in fitting],

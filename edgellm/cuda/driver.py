@@ -174,6 +174,16 @@ class Driver:
         free, total = self.call("cuMemGetInfo")
         return int(free), int(total)
 
+    def copy_rows(self, source: int, target: int, *, pitch: int, width: int, rows: int, stream: Any) -> None:
+        """Copy `width` bytes of each of `rows` rows that lie `pitch` bytes apart, within device memory."""
+        api = self._api
+        copy = api.CUDA_MEMCPY2D()
+        copy.srcMemoryType = copy.dstMemoryType = api.CUmemorytype.CU_MEMORYTYPE_DEVICE
+        copy.srcDevice, copy.dstDevice = api.CUdeviceptr(source), api.CUdeviceptr(target)
+        copy.srcPitch = copy.dstPitch = pitch
+        copy.WidthInBytes, copy.Height = width, rows
+        self.call("cuMemcpy2DAsync", copy, stream)
+
     # Streams and events.
 
     def stream(self) -> Any:

@@ -17,9 +17,21 @@ def make_executor(directory: EngineDir, wanted: EngineConfig) -> Executor:
     Raises:
         ConfigError: an `engine.*` key asks for more than the engine was built for.
     """
+    shape = shape_of(directory, wanted)
+    if directory.config.edgellm.executor == "cuda":
+        from edgellm.executor.cuda import CudaExecutor
+        from edgellm.executor.cuda_build import cache_kind
+
+        return CudaExecutor(
+            directory.path,
+            directory.spec,
+            max_batch_size=shape.max_batch_size,
+            max_seq_len=shape.max_seq_len,
+            max_num_tokens=shape.max_num_tokens,
+            kv_cache=cache_kind(directory.kv_cache),
+        )
     from edgellm.executor.cpu import CpuExecutor
 
-    shape = shape_of(directory, wanted)
     return CpuExecutor(
         directory.path,
         directory.spec,

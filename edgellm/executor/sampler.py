@@ -124,6 +124,14 @@ class Sampler:
         """The token sampled last for the slot: what FEEDBACK stands for."""
         return self._slots[slot].last
 
+    def record(self, slot: int, token: int) -> None:
+        """Take note of a token that a device chose: the next one's index is one more."""
+        state = self._slots[slot]
+        state.last = token
+        state.index += 1
+        if state.params.counts_tokens:
+            self._count(slot, state, token)
+
     def sample(
         self, slots: Sequence[int], logits: NDArray[np.float32], mask: NDArray[np.uint32] | None = None
     ) -> Sampled:
@@ -162,11 +170,8 @@ class Sampler:
                         logits[i], token[i], state.params.top_logprobs, top_ids[i], top_logprobs[i]
                     )
         # Only now, when no row can fail any more, does the state advance.
-        for slot, state, chosen in zip(slots, states, token.tolist(), strict=True):
-            state.last = chosen
-            state.index += 1
-            if state.params.counts_tokens:
-                self._count(slot, state, chosen)
+        for slot, chosen in zip(slots, token.tolist(), strict=True):
+            self.record(slot, chosen)
         return Sampled(token, logprob, top_ids, top_logprobs)
 
     def _argmax(self, slots: Sequence[int], logits: NDArray[np.float32]) -> NDArray[np.int32]:

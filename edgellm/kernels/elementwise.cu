@@ -35,10 +35,11 @@ DEVICE float4 four_of(const u8* __restrict__ table, const u16* __restrict__ scal
   }
 }
 
-// Residual rows float32 [rows, HIDDEN] of a decode step's tokens. Grid: (HIDDEN / 4 / threads, rows).
+// Residual rows float32 [rows, HIDDEN] of a decode step's tokens, and the sums of squares of 16 neighbours that a
+// linear's norm wants, float32 [rows, HIDDEN / 16]. Grid: (HIDDEN / 4 / threads, rows).
 template <int KIND, int HIDDEN, int GROUP, bool OFFSETS>
 __global__ void embed_rows(const Row* __restrict__ rows, const int* last_token, const u8* table, const u16* scales,
-                           const u16* offsets, float* out) {
+                           const u16* offsets, float* out, float* squares) {
   launch_dependents();
   Row row = rows[blockIdx.y];
   int i = 4 * (blockIdx.x * blockDim.x + threadIdx.x);
@@ -47,6 +48,12 @@ __global__ void embed_rows(const Row* __restrict__ rows, const int* last_token, 
   int token = row.token < 0 ? load_l2(last_token + row.slot) : row.token;
   float4 v = four_of<KIND, GROUP, OFFSETS>(table, scales, offsets, u64(token) * HIDDEN + i);
   *(float4*)(out + u64(blockIdx.y) * HIDDEN + i) = v;
+  // Four neighbouring lanes have 16 columns, and leave or stay together.
+  u32 four = 0xfu << (threadIdx.x & 28);
+  float sum = v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+  sum += __shfl_xor_sync(four, sum, 1);
+  sum += __shfl_xor_sync(four, sum, 2);
+  if (threadIdx.x % 4 == 0) squares[u64(blockIdx.y) * (HIDDEN / 16) + i / 16] = sum;
 }
 
 // Residual rows float32 [bucket, HIDDEN] of a chunk's tokens. Grid: (HIDDEN / 4 / threads, bucket).

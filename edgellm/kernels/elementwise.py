@@ -68,11 +68,11 @@ def table_of(weight: Weight) -> Table:
     """How an embedding is stored.
 
     Raises:
-        BuildError: rows are not a multiple of 8 columns, groups not of 4, or columns are in another order.
+        BuildError: rows are not a multiple of 16 columns, groups not of 4, or columns are in another order.
     """
     vocab, hidden = weight.shape[0], weight.shape[1]
-    if hidden % 8:
-        raise BuildError(f"{weight.name} has {hidden} columns; CUDA kernels need a multiple of 8")
+    if hidden % 16:
+        raise BuildError(f"{weight.name} has {hidden} columns; CUDA kernels need a multiple of 16")
     if isinstance(weight, Dense):
         return Table(weight.dtype, vocab, hidden, hidden, False)
     if weight.group % 4:
@@ -123,11 +123,16 @@ def embed_rows(
     scales: At | None,
     offsets: At | None,
     out: At,
+    squares: At,
 ) -> list[Launch]:
-    """A decode step's residual: out float32 [rows, hidden] of the rows' tokens, or those sampled last."""
+    """A decode step's residual: out float32 [rows, hidden] of the rows' tokens, or those sampled last.
+
+    Args:
+        squares: float32 [rows, hidden / 16], see `linear.Norm`.
+    """
     kernel = Kernel(_SOURCE, table.expression("embed_rows"), _THREADS)
     grid = (_blocks(table.hidden // 4), rows, 1)
-    return [Launch(kernel, grid, (rows_at, last_token, elements, scales, offsets, out))]
+    return [Launch(kernel, grid, (rows_at, last_token, elements, scales, offsets, out, squares))]
 
 
 def embed_chunk(

@@ -15,6 +15,7 @@ import numpy as np
 
 from edgellm.engine_config import Compute
 from edgellm.memory.plan import Line, Shape
+from edgellm.memory.process import TOKENIZER_PER_TOKEN, number, requests_line, tokenizer_line
 from edgellm.model.inventory import Matrices, Role
 from edgellm.model.kv_cache import KV_DTYPES, KvCache
 from edgellm.model.spec import ModelSpec
@@ -27,8 +28,6 @@ PROCESS_LIBRARIES: Final = 45_000_000
 """Pages of shared libraries that are touched on the way to READY."""
 THREAD: Final = 300_000
 """One more thread of ONNX Runtime: stack, allocator arena, scratch."""
-TOKENIZER_PER_TOKEN: Final = 270
-"""`tokenizers`' two maps of the vocabulary, its merges, and our table of their bytes, per token."""
 TOKENIZER_LOADING: Final = 500
 """The same while tokenizer.json is parsed."""
 NODE: Final = 7_000
@@ -38,8 +37,6 @@ HEAD_NORM_NODES: Final = 7
 """More per layer where query and key heads are normalised: one that parts q, k and v, three for each norm."""
 MIXTURE_NODES: Final = 30
 """More per layer that is a mixture of experts: routing, sorting, adding up."""
-EXPERT_NODE: Final = 13_500
-"""What ONNX Runtime holds for an expert's product, its matrix apart."""
 FRAGMENTATION: Final = 1.25
 """ONNX Runtime's arena against the tensors that live at the same time."""
 
@@ -47,14 +44,6 @@ PANEL: Final = 16
 """MLAS packs float matrices in panels of so many columns."""
 CHUNK: Final = 128
 """`executor/cpu.py`'s longest run of one prompt."""
-SERVING: Final = 12_000_000
-"""The first thousands of requests: allocator arenas that fill, CPython's free lists, libzmq's buffers."""
-MESSAGES: Final = 4
-"""Of the largest size, on their way at the same time."""
-REQUEST: Final = 16 << 10
-"""A request on its way: its fields, texts and queues, beside its tokens."""
-TOKEN: Final = 200
-"""A token of an open answer: Python's int, its piece of text, and its share of the final message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +68,16 @@ class CpuFootprint:
     max_queue: int = 64
     max_message_bytes: int = 1 << 20
 
+    @property
+    def unified(self) -> bool:
+        """There is no device."""
+        return True
+
     def lines(self, shape: Shape) -> tuple[Line, ...]:
         """All parts."""
         model = (
             self._process(),
-            self._tokenizer(),
+            tokenizer_line(self.spec),
             *self._weights(),
             self._graph(),
             self._kv_cache(shape),
@@ -92,7 +86,7 @@ class CpuFootprint:
             *model,
             self._sampling(shape),
             self._activations(shape),
-            self._requests(shape),
+            requests_line(shape, max_queue=self.max_queue, max_message_bytes=self.max_message_bytes),
             *self._mapped(shape),
         )
         return (*parts, self._loading(model, parts))
@@ -101,16 +95,9 @@ class CpuFootprint:
         return Line(
             "process",
             PROCESS_PRIVATE + PROCESS_LIBRARIES + self.threads * THREAD,
-            f"Python and libraries {_n(PROCESS_PRIVATE)} B + their mapped pages {_n(PROCESS_LIBRARIES)} B "
-            f"+ threads {self.threads} × {_n(THREAD)} B",
-        )
-
-    def _tokenizer(self) -> Line:
-        vocabulary = self.spec.vocab_size
-        return Line(
-            "tokenizer",
-            vocabulary * TOKENIZER_PER_TOKEN,
-            f"vocabulary {_n(vocabulary)} × {TOKENIZER_PER_TOKEN} B",
+            f"Python and libraries {number(PROCESS_PRIVATE)} B "
+            f"+ their mapped pages {number(PROCESS_LIBRARIES)} B "
+            f"+ threads {self.threads} × {number(THREAD)} B",
         )
 
     def _weights(self) -> Iterator[Line]:
@@ -122,13 +109,13 @@ class CpuFootprint:
         for layout, kinds in packed.items():
             elements, groups = sum(each.elements for each in kinds), sum(each.groups for each in kinds)
             if layout == "float":
-                formula = f"weights {_n(elements)} × {FLOAT} B"
+                formula = f"weights {number(elements)} × {FLOAT} B"
             else:
                 planes = 3 if layout.endswith("offsets") else 2
                 what = "scale, sum" + (", offset" if planes == 3 else "")
                 formula = (
-                    f"weights {_n(elements)} × {kinds[0].bits} bit "
-                    f"+ groups {_n(groups)} × {planes} × {FLOAT} B ({what})"
+                    f"weights {number(elements)} × {kinds[0].bits} bit "
+                    f"+ groups {number(groups)} × {planes} × {FLOAT} B ({what})"
                 )
             yield Line(f"weights {layout}", sum(self._packed(each) for each in kinds), formula)
 
@@ -154,15 +141,14 @@ class CpuFootprint:
         layers, each = self.spec.num_hidden_layers, NODES_PER_LAYER[self.compute]
         each += HEAD_NORM_NODES * self.spec.qk_layernorm
         size = layers * each * NODE
-        formula = f"layers {layers} × nodes {each} × {_n(NODE)} B of ONNX Runtime"
+        formula = f"layers {layers} × nodes {each} × {number(NODE)} B of ONNX Runtime"
         if self.spec.moe is not None:
             mixtures = sum(map(self.spec.is_mixture, range(layers)))
             # Gate and up are one product, down another; each has a second one where there are offsets.
             products = self.spec.moe.num_experts * (4 if self._any_offsets("expert") else 2)
-            size += mixtures * (MIXTURE_NODES * NODE + products * EXPERT_NODE)
+            size += mixtures * (MIXTURE_NODES + products) * NODE
             formula += (
-                f" + mixtures {mixtures} × (nodes {MIXTURE_NODES} × {_n(NODE)} B "
-                f"+ products {products} × {_n(EXPERT_NODE)} B)"
+                f" + mixtures {mixtures} × (nodes {MIXTURE_NODES} + products {products}) × {number(NODE)} B"
             )
         return Line("graph", size, formula)
 
@@ -174,7 +160,7 @@ class CpuFootprint:
             "kv_cache",
             (slots + spare) * size,
             f"(slots {shape.max_batch_size} × layers {spec.num_hidden_layers} × 2 + spare 1) "
-            f"× tokens {_n(shape.max_seq_len)} × kv heads {spec.num_key_value_heads} "
+            f"× tokens {number(shape.max_seq_len)} × kv heads {spec.num_key_value_heads} "
             f"× head {spec.head_size} × {size} B",
         )
 
@@ -184,8 +170,8 @@ class CpuFootprint:
         return Line(
             "sampling",
             ((2 * batch + 3) * vocabulary + batch * seen) * FLOAT,
-            f"((2 × slots {batch} + 3) × vocabulary {_n(vocabulary)} + slots {batch} × distinct {_n(seen)}) "
-            f"× {FLOAT} B",
+            f"((2 × slots {batch} + 3) × vocabulary {number(vocabulary)} "
+            f"+ slots {batch} × distinct {number(seen)}) × {FLOAT} B",
         )
 
     def _activations(self, shape: Shape) -> Line:
@@ -193,19 +179,21 @@ class CpuFootprint:
         spec = self.spec
         rows = max(min(CHUNK, shape.max_num_tokens, shape.max_seq_len), shape.max_batch_size)
         # Gate and up side by side, their halves, SiLU, product; with offsets two more of the first.
-        wide = 10 if self._any_offsets("linear", "expert") else 6
+        wide = 10 if self._any_offsets("linear") else 6
         # The heads together can be wider than the residual stream, as Qwen3's are.
         stream = max(spec.hidden_size, spec.num_attention_heads * spec.head_size)
-        around = f"6 × hidden or heads {_n(stream)}"
+        around = f"6 × hidden or heads {number(stream)}"
         widths = []
         if not all(map(spec.is_mixture, range(spec.num_hidden_layers))):
             inner = spec.intermediate_size
-            widths.append((wide * inner + 6 * stream, f"{wide} × mlp {_n(inner)} + {around}"))
+            widths.append((wide * inner + 6 * stream, f"{wide} × mlp {number(inner)} + {around}"))
         if spec.moe is not None:
-            # A row for each of a token's experts: sorted, of gate, up and down, weighted.
+            # A row for each of a token's experts, twice: sorted, and cut into the experts' runs; the runs of
+            # gate and up, and these joined; where there are offsets, the same of their products.
             top_k, inner, hidden = spec.moe.top_k, spec.moe_intermediate_size, spec.hidden_size
-            of_experts = f"experts {top_k} × ({wide} × mlp {_n(inner)} + 6 × hidden {_n(hidden)})"
-            widths.append((top_k * (wide * inner + 6 * hidden) + 6 * stream, f"{of_experts} + {around}"))
+            runs = 8 if self._any_offsets("expert") else 4
+            of_experts = f"experts {top_k} × ({runs} × mlp {number(inner)} + 3 × hidden {number(hidden)})"
+            widths.append((top_k * (runs * inner + 3 * hidden) + 6 * stream, f"{of_experts} + {around}"))
         width, formula = max(widths)
         # Half-precision caches: the scores once more, in floats.
         copies = 1 if self.kv_cache == "fp32" else 2
@@ -215,25 +203,11 @@ class CpuFootprint:
             "activations",
             int(FRAGMENTATION * rows * width * FLOAT) + scores,
             f"rows {rows} × ({FRAGMENTATION} × ({formula}) "
-            f"+ heads {heads} × tokens {_n(shape.max_seq_len)} × {copies}) × {FLOAT} B",
+            f"+ heads {heads} × tokens {number(shape.max_seq_len)} × {copies}) × {FLOAT} B",
         )
 
     def _any_offsets(self, *roles: Role) -> bool:
         return any(each.offsets and each.role in roles and self._quantized(each) for each in self.weights)
-
-    def _requests(self, shape: Shape) -> Line:
-        waiting, batch, length = self.max_queue, shape.max_batch_size, shape.max_seq_len
-        return Line(
-            "requests",
-            SERVING
-            + MESSAGES * self.max_message_bytes
-            + (waiting + batch) * REQUEST
-            + length * (waiting * FLOAT + batch * TOKEN),
-            f"{_n(SERVING)} B + messages {MESSAGES} × {_n(self.max_message_bytes)} B "
-            f"+ (waiting {waiting} + slots {batch}) × {_n(REQUEST)} B "
-            f"+ tokens {_n(length)} × (waiting {waiting} × {FLOAT} B + slots {batch} × {TOKEN} B)",
-            "serving",
-        )
 
     def _mapped(self, shape: Shape) -> Iterator[Line]:
         """What is read from the file as it is used: rows of the embedding, and the rotary tables."""
@@ -250,8 +224,8 @@ class CpuFootprint:
         yield Line(
             "tables",
             2 * shape.max_seq_len * half * size + vectors * FLOAT,
-            f"rotary 2 × tokens {_n(shape.max_seq_len)} × {half} × {size} B "
-            f"+ gains {_n(vectors)} × {FLOAT} B",
+            f"rotary 2 × tokens {number(shape.max_seq_len)} × {half} × {size} B "
+            f"+ gains {number(vectors)} × {FLOAT} B",
             "mapped",
         )
 
@@ -269,7 +243,7 @@ class CpuFootprint:
             "loading",
             max(0, peak - sum(line.bytes for line in parts)),
             f"while weights are packed: process, tokenizer, weights, graph, caches, embedding "
-            f"+ parsing {_n(parsing)} B + scales {_n(scales)} B = {_n(peak)} B, "
+            f"+ parsing {number(parsing)} B + scales {number(scales)} B = {number(peak)} B, "
             "as far as it exceeds the lines above",
             "transient",
         )
@@ -282,12 +256,8 @@ class CpuFootprint:
 
 def _table_formula(matrices: Matrices, *, quantized: bool) -> str:
     if not quantized:
-        return f"{_n(matrices.rows)} × {_n(matrices.columns)} × {FLOAT} B"
+        return f"{number(matrices.rows)} × {number(matrices.columns)} × {FLOAT} B"
     return (
-        f"{_n(matrices.rows)} × {_n(matrices.columns)} × {matrices.bits} bit "
-        f"+ groups {_n(matrices.groups)} × {1 + matrices.offsets} × {FLOAT} B"
+        f"{number(matrices.rows)} × {number(matrices.columns)} × {matrices.bits} bit "
+        f"+ groups {number(matrices.groups)} × {1 + matrices.offsets} × {FLOAT} B"
     )
-
-
-def _n(number: int) -> str:
-    return f"{number:,}"

@@ -64,6 +64,11 @@ class Footprint(Protocol):
     Every line but `transient` ones, and the sum of all, grows or stays with each size of the shape.
     """
 
+    @property
+    def unified(self) -> bool:
+        """Whether a device's memory is the host's, too; without a device it is."""
+        ...
+
     def lines(self, shape: Shape) -> tuple[Line, ...]:
         """All parts, the process that it runs in among them."""
         ...
@@ -71,21 +76,30 @@ class Footprint(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Lines for one shape, and the budget in bytes that they must fit; None: no budget."""
+    """Lines for one shape, and the budget in bytes that they must fit; None: no budget.
+
+    With `unified` memory a device's lines count like any other; elsewhere the GPU's own memory has to do.
+    """
 
     shape: Shape
     lines: tuple[Line, ...]
     budget: int | None = None
+    unified: bool = True
 
     @property
     def total(self) -> int:
         """The promise: never more than this."""
-        return sum(line.bytes for line in self.lines)
+        return sum(line.bytes for line in self._counted)
+
+    @property
+    def on_device(self) -> int:
+        """Bytes of the GPU's own memory, where it has some."""
+        return sum(line.bytes for line in self.lines) - self.total
 
     @property
     def at_ready(self) -> int:
         """What is there at READY: neither what loading gave back, nor what comes in with requests."""
-        return sum(line.bytes for line in self.lines if line.kind in ("resident", "pinned", "device"))
+        return sum(line.bytes for line in self._counted if line.kind in ("resident", "pinned", "device"))
 
     @property
     def headroom(self) -> int | None:
@@ -97,10 +111,15 @@ class Plan:
         """Whether the budget, if there is one, suffices."""
         return self.budget is None or self.total <= self.budget
 
+    @property
+    def _counted(self) -> Iterable[Line]:
+        """What the budget is for: all, or all but a GPU's own memory."""
+        return (line for line in self.lines if self.unified or line.kind != "device")
+
 
 def make_plan(footprint: Footprint, shape: Shape, budget: int | None = None) -> Plan:
     """The plan for a shape."""
-    return Plan(shape, footprint.lines(shape), budget)
+    return Plan(shape, footprint.lines(shape), budget, footprint.unified)
 
 
 def frontier(

@@ -9,15 +9,14 @@ from typing import Final
 
 from edgellm.config import Config
 from edgellm.enginedir import EngineDir
-from edgellm.errors import ConfigError, EngineError, TemporaryShortage
+from edgellm.errors import ConfigError, TemporaryShortage
 from edgellm.executor.base import MemoryReport
 from edgellm.executor.factory import shape_of, threads_of
 from edgellm.memory.budget import Budget, find_budget
-from edgellm.memory.cpu import CpuFootprint
+from edgellm.memory.footprints import footprint_of
 from edgellm.memory.plan import Footprint, Plan, Shape, frontier, make_plan
 from edgellm.memory.resident import give_back_freed, lock_memory, resident_size
 from edgellm.memory.sizes import show_size
-from edgellm.server_config import ServerConfig
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +35,12 @@ class MemoryPromise:
     def __init__(self, directory: EngineDir, config: Config) -> None:
         self._directory = directory
         self._lock = config.memory.lock
-        self._footprint = footprint_of(directory, threads=threads_of(config.engine), server=config.server)
+        self._footprint = footprint_of(
+            directory,
+            threads=threads_of(config.engine),
+            server=config.server,
+            root=Path(config.sensors.root),
+        )
         self._budget = find_budget(config.memory, Path(config.sensors.root))
         self._plan = make_plan(self._footprint, shape_of(directory, config.engine), self._budget.bytes)
 
@@ -67,29 +71,6 @@ class MemoryPromise:
         compare(self._plan, self._budget, report, resident_size())
 
 
-def footprint_of(directory: EngineDir, *, threads: int, server: ServerConfig) -> CpuFootprint:
-    """The footprint of the executor that an engine was built for.
-
-    Raises:
-        EngineError: the engine was built before engines said what their weights are.
-    """
-    weights = directory.config.edgellm.weights
-    if not weights:
-        raise EngineError(
-            f"{directory.path} does not say what its weights are (edgellm.weights in config.json); "
-            "build the engine again"
-        )
-    return CpuFootprint(
-        spec=directory.spec,
-        weights=weights,
-        compute=directory.compute,
-        kv_cache=directory.kv_cache,
-        threads=threads,
-        max_queue=server.max_queue,
-        max_message_bytes=server.max_message_bytes,
-    )
-
-
 def require_fit(plan: Plan, budget: Budget, footprint: Footprint, most: Shape) -> None:
     """Refuse a plan that exceeds the budget, saying what would fit within `most`.
 
@@ -118,12 +99,14 @@ def compare(plan: Plan, budget: Budget, report: MemoryReport, resident: int) -> 
         # `weights` stands for all lines that begin so, and for the graph that holds them.
         size = sum(each for name, each in planned.items() if name.split()[0] == part)
         log.debug("memory: %s %s, planned %s", part, show_size(measured), show_size(size))
-    difference = resident / plan.at_ready - 1
+    # What the driver maps, device memory and page-locked, is no part of the resident set.
+    expected = sum(line.bytes for line in plan.lines if line.kind == "resident")
+    difference = resident / expected - 1
     log.log(
         logging.INFO if abs(difference) <= TOLERANCE else logging.WARNING,
         "memory: %s resident, planned %s (%+.1f %%); at most %s of %s, %s",
         show_size(resident),
-        show_size(plan.at_ready),
+        show_size(expected),
         100 * difference,
         show_size(plan.total),
         show_size(budget.bytes),

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -226,7 +226,7 @@ class OnnxGraph:
         self._file.node("Reshape", [f"{y}.heads", joined], [y])
         return y
 
-    def _cast(self, x: str, y: str, dtype: type[np.floating]) -> str:
+    def _cast(self, x: str, y: str, dtype: type[np.number[Any]]) -> str:
         self._file.node("Cast", [x], [y], to=onnx_type(dtype))
         return y
 

@@ -85,7 +85,7 @@ def test_the_grid_reaches_every_element() -> None:
     table = table_of(grouped(4, asymmetric=True))
     at = At("x")
     (launch,) = embed_rows(
-        table, rows=3, rows_at=at, last_token=at, elements=at, scales=at, offsets=at, out=at
+        table, rows=3, rows_at=at, last_token=at, elements=at, scales=at, offsets=at, out=at, squares=at
     )
     assert launch.grid[0] * launch.kernel.threads * 4 >= HIDDEN
     assert launch.grid[1] == 3

@@ -40,7 +40,9 @@ class FakeDriver:
     CUfunction_attribute = staticmethod(int)
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
     CUlaunchAttributeID = SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION=6)
-    CUlaunchConfig = CUlaunchAttribute = CUlaunchAttributeValue = SimpleNamespace
+    CUdeviceptr = staticmethod(int)
+    CUmemorytype = SimpleNamespace(CU_MEMORYTYPE_DEVICE=2)
+    CUlaunchConfig = CUDA_MEMCPY2D = CUlaunchAttribute = CUlaunchAttributeValue = SimpleNamespace
 
     def __init__(
         self, *, sm: int = 87, version: int = 12060, devices: int = 1, memory: int = 1 << 30

@@ -1,0 +1,386 @@
+"""What a step launches: the network over named buffers, for a bucket of decode rows or of a prompt's tokens.
+
+Buffers of two kinds. Lasting ones keep something between steps: weights, caches, the slots' last tokens and
+sampling parameters, what the host uploads, counters. All others live from the first launch that names them to
+the last; programs never run at the same time, so they share one piece of memory.
+
+    decode    embed → [qkv · attention · output · gate and up · down] × layers → head → sample
+    prefill   embed → [norm · qkv · rotate, append · attention · output · norm · gate and up · down] × layers
+              → head → sample; after the last attention the last token's row alone, as decode does it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from edgellm.cuda.launch import At, Device, Kernel, Launch
+from edgellm.kernels.attention_decode import decode_attention
+from edgellm.kernels.attention_decode import decode_workspace as attention_workspace
+from edgellm.kernels.attention_prefill import prefill_attention, rope_and_append
+from edgellm.kernels.attention_shape import SEQUENCE_MULTIPLE, AttentionShape, Cache, CacheKind, HeadNorms
+from edgellm.kernels.elementwise import embed_chunk, embed_rows, last_row, rms_norm
+from edgellm.kernels.gemm import prefill_linear, prefill_workspace
+from edgellm.kernels.linear import BUCKETS, Epilogue, decode_linear, decode_workspace
+from edgellm.kernels.linear import Norm as FusedNorm
+from edgellm.kernels.rows import CHUNK, ROW
+from edgellm.kernels.sample import SAMPLED, SAMPLING, sample, sample_workspace
+from edgellm.memory.arena import Buffer, Placement, aligned, place
+from edgellm.memory.plan import Shape
+from edgellm.model.network import Layer, Linear, Network, Norm
+from edgellm.model.spec import ModelSpec
+
+ChunkEpilogue = Literal["store", "residual", "swiglu"]
+
+MOST_ROWS: Final = BUCKETS[-1]
+"""Of a decode program; more rows are several."""
+SMALLEST_PREFILL: Final = 16
+MOST_TOKENS: Final = 2048
+"""Of a prefill program; longer pieces are several."""
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """Launches in order, and the buffers that they alone use.
+
+    Attributes:
+        launches: what a graph is captured of.
+        buffers: with their lives, in launches.
+    """
+
+    launches: tuple[Launch, ...]
+    buffers: tuple[Buffer, ...]
+
+    @property
+    def placement(self) -> Placement:
+        """Where the buffers lie, from the beginning of the memory that programs share."""
+        return place(self.buffers)
+
+
+def decode_buckets(max_batch_size: int) -> tuple[int, ...]:
+    """Numbers of rows that there are decode programs for."""
+    enough = next((rows for rows in BUCKETS if rows >= max_batch_size), MOST_ROWS)
+    return tuple(rows for rows in BUCKETS if rows <= enough)
+
+
+def prefill_buckets(shape: Shape) -> tuple[int, ...]:
+    """Numbers of tokens that there are prefill programs for: powers of two."""
+    most = min(shape.max_num_tokens, shape.max_seq_len, MOST_TOKENS)
+    buckets = [SMALLEST_PREFILL]
+    while buckets[-1] < most:
+        buckets.append(buckets[-1] * 2)
+    return tuple(buckets)
+
+
+class Lowering:
+    """Makes programs of a network.
+
+    Args:
+        network: of the engine.
+        spec: the model's numbers.
+        shape: slots, their length, tokens in a step.
+        kv_cache: what the caches hold.
+        device: that launches are cut for.
+        weights: offset of every tensor in the buffer `weights`, and the size of all.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        spec: ModelSpec,
+        shape: Shape,
+        *,
+        kv_cache: CacheKind,
+        device: Device,
+        weights: Mapping[str, int],
+        weights_bytes: int,
+    ) -> None:
+        self._network = network
+        self._spec = spec
+        self._shape = shape
+        self._device = device
+        self._weights = weights
+        self._weights_bytes = weights_bytes
+        capacity = -(-shape.max_seq_len // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE
+        self._attention = [
+            AttentionShape(
+                heads=spec.num_attention_heads,
+                kv_heads=spec.num_key_value_heads,
+                head_size=spec.head_size,
+                max_seq=capacity,
+                kv=kv_cache,
+                scale=layer.attention.scale,
+                qk_norm=layer.attention.q_gain is not None,
+                epsilon=spec.norm_epsilon,
+            )
+            for layer in network.layers
+        ]
+        self._linear_workspace = 0
+        self._prefill_workspace = 0
+        self._attention_workspace = 0
+
+    @property
+    def attention(self) -> AttentionShape:
+        """Of every layer, apart from its scale."""
+        return self._attention[0]
+
+    def decode(self, rows: int) -> Program:
+        """One token for each of `rows` rows, `rows` ROWs in the buffer `rows`; tokens go to `results`."""
+        return self._program(self._decode(rows), self._sizes(rows))
+
+    def prefill(self, tokens: int) -> Program:
+        """Up to `tokens` tokens of a slot: `chunk` holds a CHUNK, then the ids; a token goes to `results`."""
+        return self._program(self._prefill(tokens), self._sizes(tokens))
+
+    def lasting(self) -> tuple[Buffer, ...]:
+        """Buffers that keep something between steps, once all programs have been made."""
+        shape, attention = self._shape, self.attention
+        rows = min(MOST_ROWS, decode_buckets(shape.max_batch_size)[-1])
+        sizes = {
+            "weights": self._weights_bytes,
+            "kv_cache": len(self._attention) * 2 * self._layer_half_bytes(),
+            "rope": attention.max_seq * attention.head_size * 4,
+            "rows": rows * ROW.itemsize,
+            "chunk": CHUNK.itemsize + prefill_buckets(shape)[-1] * 4,
+            "last_token": shape.max_batch_size * 4,
+            "sampling": shape.max_batch_size * SAMPLING.itemsize,
+            "results": rows * SAMPLED.itemsize,
+            "linear_workspace": self._linear_workspace,
+            "prefill_workspace": self._prefill_workspace,
+            "attention_workspace": self._attention_workspace,
+            "sample_workspace": sample_workspace(self._spec.vocab_size, rows=rows),
+        }
+        return tuple(Buffer(name, size) for name, size in sizes.items())
+
+    def cache(self, layer: int) -> Cache:
+        """Where a layer's keys and values lie in the buffer `kv_cache`."""
+        attention, slots = self.attention, self._shape.max_batch_size
+        half = self._layer_half_bytes()
+        keys = At("kv_cache", layer * 2 * half)
+        values = keys + half
+        if not attention.scale_bytes(slots):
+            return Cache(keys, values)
+        scales = aligned(attention.cache_bytes(slots))
+        return Cache(keys, values, keys + scales, values + scales)
+
+    def _layer_half_bytes(self) -> int:
+        """Of a layer's keys, or of its values, with their scales."""
+        attention, slots = self.attention, self._shape.max_batch_size
+        return aligned(attention.cache_bytes(slots)) + aligned(attention.scale_bytes(slots))
+
+    def _sizes(self, rows: int) -> dict[str, int]:
+        spec, attention = self._spec, self.attention
+        inner = max(layer.mlp.gate_up.shape.outputs for layer in self._network.layers)
+        heads = attention.heads * attention.head_size
+        return {
+            "residual": rows * spec.hidden_size * 4,
+            "normed": rows * spec.hidden_size * 2,
+            "squares": rows * (spec.hidden_size // 16) * 4,
+            "qkv": rows * attention.qkv_width * 2,
+            "attended": rows * heads * 2,
+            "inner": rows * inner * 2,
+            "last_residual": spec.hidden_size * 4,
+            "last_attended": heads * 2,
+            "logits": min(rows, MOST_ROWS) * spec.vocab_size * 4,
+        }
+
+    def _program(self, launches: Iterable[Launch], sizes: Mapping[str, int]) -> Program:
+        launches = tuple(launches)
+        lives: dict[str, list[int]] = {}
+        for index, launch in enumerate(launches):
+            for argument in launch.arguments:
+                if isinstance(argument, At) and _kind(argument.buffer) in sizes:
+                    lives.setdefault(argument.buffer, []).append(index)
+        # The host may look at the logits afterwards.
+        lives["logits"].append(len(launches))
+        buffers = [Buffer(name, sizes[_kind(name)], min(used), max(used)) for name, used in lives.items()]
+        return Program(launches, tuple(buffers))
+
+    def _decode(self, rows: int) -> Iterator[Launch]:
+        network, table = self._network, self._network.embedding
+        residual, squares = At("residual"), At("squares")
+        yield from embed_rows(
+            table.table,
+            rows=rows,
+            rows_at=At("rows"),
+            last_token=At("last_token"),
+            elements=self._tensor(table.elements),
+            scales=self._optional(table.scales),
+            offsets=self._optional(table.offsets),
+            out=residual,
+            squares=squares,
+        )
+        for index, layer in enumerate(network.layers):
+            qkv, attended = At(f"qkv.{index}"), At(f"attended.{index}")
+            yield from self._row_linear(
+                layer.qkv, rows, residual, qkv, norm=layer.attention_norm, epilogue="store"
+            )
+            attention = self._attention[index]
+            size = attention_workspace(attention, rows=rows, device=self._device)
+            self._attention_workspace = max(self._attention_workspace, size)
+            yield from decode_attention(
+                attention,
+                rows=rows,
+                device=self._device,
+                qkv=qkv,
+                rows_at=At("rows"),
+                rope=At("rope"),
+                norms=self._head_norms(layer),
+                cache=self.cache(index),
+                out=attended,
+                workspace=At("attention_workspace"),
+            )
+            yield from self._after_attention(index, rows, attended, residual)
+        yield from self._end(rows, residual, At("rows"))
+
+    def _prefill(self, tokens: int) -> Iterator[Launch]:
+        network, table = self._network, self._network.embedding
+        residual, chunk = At("residual"), At("chunk")
+        yield from embed_chunk(
+            table.table,
+            tokens=tokens,
+            chunk=chunk,
+            ids=At("chunk", CHUNK.itemsize),
+            elements=self._tensor(table.elements),
+            scales=self._optional(table.scales),
+            offsets=self._optional(table.offsets),
+            out=residual,
+        )
+        for index, layer in enumerate(network.layers):
+            qkv, attended, inner = (At(f"{name}.{index}") for name in ("qkv", "attended", "inner"))
+            normed, normed_again = At(f"normed.{index}"), At(f"normed.{index}.mlp")
+            yield from self._norm(layer.attention_norm, tokens, normed)
+            yield from self._chunk_linear(layer.qkv, tokens, normed, "store", qkv)
+            attention, cache = self._attention[index], self.cache(index)
+            yield from rope_and_append(
+                attention,
+                tokens=tokens,
+                chunk=chunk,
+                qkv=qkv,
+                rope=At("rope"),
+                norms=self._head_norms(layer),
+                cache=cache,
+            )
+            yield from prefill_attention(
+                attention,
+                tokens=tokens,
+                chunk=chunk,
+                qkv=qkv,
+                cache=cache,
+                out=attended,
+            )
+            if index == len(network.layers) - 1:
+                break
+            yield from self._chunk_linear(layer.output, tokens, attended, "residual", residual)
+            yield from self._norm(layer.mlp_norm, tokens, normed_again)
+            yield from self._chunk_linear(layer.mlp.gate_up, tokens, normed_again, "swiglu", inner)
+            yield from self._chunk_linear(layer.mlp.down, tokens, inner, "residual", residual)
+        # Nothing after the last attention looks at other tokens.
+        index = len(network.layers) - 1
+        yield from last_row(
+            self._spec.hidden_size,
+            network.layers[index].output.shape.k,
+            chunk=chunk,
+            x=residual,
+            h=At(f"attended.{index}"),
+            x_out=At("last_residual"),
+            h_out=At("last_attended"),
+        )
+        yield from self._after_attention(index, 1, At("last_attended"), At("last_residual"))
+        yield from self._end(1, At("last_residual"), chunk)
+
+    def _after_attention(self, index: int, rows: int, attended: At, residual: At) -> Iterator[Launch]:
+        """The output projection and the MLP, of decode rows."""
+        layer, inner = self._network.layers[index], At(f"inner.{index}")
+        yield from self._row_linear(layer.output, rows, attended, residual, epilogue="residual")
+        yield from self._row_linear(
+            layer.mlp.gate_up, rows, residual, inner, norm=layer.mlp_norm, epilogue="swiglu"
+        )
+        yield from self._row_linear(layer.mlp.down, rows, inner, residual, epilogue="residual")
+
+    def _end(self, rows: int, residual: At, rows_at: At) -> Iterator[Launch]:
+        """The head, and a token of its logits."""
+        network = self._network
+        yield from self._row_linear(
+            network.head, rows, residual, At("logits"), norm=network.norm, epilogue="logits"
+        )
+        yield from sample(
+            self._spec.vocab_size,
+            rows=rows,
+            rows_at=rows_at,
+            sampling=At("sampling"),
+            logits=At("logits"),
+            last_token=At("last_token"),
+            results=At("results"),
+            workspace=At("sample_workspace"),
+        )
+
+    def _row_linear(
+        self, linear: Linear, rows: int, x: At, out: At, *, norm: Norm | None = None, epilogue: Epilogue
+    ) -> Iterator[Launch]:
+        squares = At("squares")
+        size = decode_workspace(linear.shape, rows, self._device)
+        self._linear_workspace = max(self._linear_workspace, size)
+        yield from decode_linear(
+            linear.shape,
+            rows=rows,
+            device=self._device,
+            x=x,
+            norm=None if norm is None else FusedNorm(self._tensor(norm.gain), norm.epsilon, squares),
+            weights=self._tensor(linear.weights),
+            bias=self._optional(linear.bias),
+            epilogue=epilogue,
+            out=out,
+            workspace=At("linear_workspace") if size else None,
+            squares=squares if epilogue == "residual" else None,
+        )
+
+    def _chunk_linear(
+        self, linear: Linear, tokens: int, x: At, epilogue: ChunkEpilogue, out: At
+    ) -> Iterator[Launch]:
+        size = prefill_workspace(linear.shape, tokens, self._device)
+        self._prefill_workspace = max(self._prefill_workspace, size)
+        yield from prefill_linear(
+            linear.shape,
+            tokens=tokens,
+            device=self._device,
+            chunk=At("chunk"),
+            x=x,
+            weights=self._tensor(linear.weights),
+            bias=self._optional(linear.bias),
+            epilogue=epilogue,
+            out=out,
+            workspace=At("prefill_workspace") if size else None,
+        )
+
+    def _norm(self, norm: Norm, tokens: int, out: At) -> Iterator[Launch]:
+        yield from rms_norm(
+            self._spec.hidden_size,
+            rows=tokens,
+            x=At("residual"),
+            gain=self._tensor(norm.gain),
+            epsilon=norm.epsilon,
+            out=out,
+            chunk=At("chunk"),
+        )
+
+    def _head_norms(self, layer: Layer) -> HeadNorms:
+        part = layer.attention
+        return HeadNorms(self._optional(part.q_gain), self._optional(part.k_gain))
+
+    def _tensor(self, name: str) -> At:
+        return At("weights", self._weights[name])
+
+    def _optional(self, name: str | None) -> At | None:
+        return None if name is None else self._tensor(name)
+
+
+def _kind(buffer: str) -> str:
+    """A layer's buffers are named after it, so that each has a life of its own: `qkv.3` is a `qkv`."""
+    return buffer.partition(".")[0]
+
+
+def kernels_of(programs: Iterable[Program]) -> tuple[Kernel, ...]:
+    """Every kernel that programs launch, each once."""
+    return tuple(dict.fromkeys(launch.kernel for program in programs for launch in program.launches))

@@ -1,0 +1,184 @@
+"""The CUDA executor's memory: what it carves on the device, and the process around it.
+
+Exact where buffers are ours, since the same code that launches says how large they are; measured constants
+where they are the driver's. On a Jetson device memory is the host's and counts with the rest.
+"""
+
+from __future__ import annotations
+
+import collections
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+import numpy as np
+
+from edgellm.cuda.launch import Device
+from edgellm.engine_config import Compute
+from edgellm.executor.cuda_programs import (
+    Lowering,
+    decode_buckets,
+    prefill_buckets,
+)
+from edgellm.executor.cuda_steps import StepBuffers
+from edgellm.kernels.attention_shape import CacheKind
+from edgellm.kernels.sample import SAMPLING
+from edgellm.memory.arena import aligned
+from edgellm.memory.plan import Line, Shape
+from edgellm.memory.process import number, requests_line, tokenizer_line
+from edgellm.model.network import Network
+from edgellm.model.spec import ModelSpec
+
+DEVICES: Final = (Device(87, 16, 163 << 10), Device(87, 8, 163 << 10), Device(90, 132, 227 << 10))
+"""Launches are cut to the device, and workspaces with them; the largest of these is planned for."""
+
+PROCESS: Final = 75_000_000
+"""Python, numpy, pyzmq, msgspec, cuda-bindings and edgellm itself, without an engine."""
+DRIVER: Final = 180_000_000
+"""libcuda's pages in the process: code, its own heaps, the host side of the context."""
+CONTEXT: Final = 520_000_000
+"""Device memory of a context: local memory for every thread that can run, and the driver's own buffers."""
+GRAPH_NODE: Final = 2_500
+"""Of a captured graph, on the device."""
+DEPTH: Final = 2
+"""Steps in flight, each with buffers of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class CudaFootprint:
+    """See `memory.plan.Footprint`.
+
+    Attributes:
+        spec: the model's numbers.
+        network: of the engine.
+        weights_bytes: of all packed tensors.
+        kv_cache: what the caches hold.
+        unified: whether the device's memory is the host's.
+        max_queue: requests that may wait.
+        max_message_bytes: of a request.
+    """
+
+    spec: ModelSpec
+    network: Network
+    weights_bytes: int
+    kv_cache: CacheKind
+    unified: bool = True
+    max_queue: int = 64
+    max_message_bytes: int = 1 << 20
+
+    @property
+    def compute(self) -> Compute:
+        """Activations in half precision: there is no other."""
+        return "fp16"
+
+    def lines(self, shape: Shape) -> tuple[Line, ...]:
+        """All parts."""
+        spec = self.spec
+        activations, nodes = self._activations(shape)
+        return (
+            Line(
+                "process",
+                PROCESS + DRIVER,
+                f"Python and libraries {number(PROCESS)} B + libcuda {number(DRIVER)} B",
+            ),
+            tokenizer_line(spec),
+            self._sampling(shape),
+            self._pinned(shape),
+            Line("context", CONTEXT, f"{number(CONTEXT)} B of the driver's", "device"),
+            Line(
+                "graphs", nodes * GRAPH_NODE, f"launches {number(nodes)} × {number(GRAPH_NODE)} B", "device"
+            ),
+            Line("weights", self.weights_bytes, f"{number(self.weights_bytes)} B, packed", "device"),
+            self._caches(shape),
+            activations,
+            requests_line(shape, max_queue=self.max_queue, max_message_bytes=self.max_message_bytes),
+        )
+
+    def _caches(self, shape: Shape) -> Line:
+        spec, lowering = self.spec, self._lowering(shape, DEVICES[0])
+        attention, slots = lowering.attention, shape.max_batch_size
+        half = aligned(attention.cache_bytes(slots)) + aligned(attention.scale_bytes(slots))
+        each = f"{spec.head_size} × 2 B" if self.kv_cache == "fp16" else f"({spec.head_size} + 2) B"
+        return Line(
+            "kv_cache",
+            spec.num_hidden_layers * 2 * half,
+            f"slots {slots} × layers {spec.num_hidden_layers} × 2 × tokens {number(attention.max_seq)} "
+            f"× kv heads {spec.num_key_value_heads} × head {each}",
+            "device",
+        )
+
+    def _activations(self, shape: Shape) -> tuple[Line, int]:
+        """What is neither weights nor caches, and how many launches all programs have.
+
+        Two layers stand for all: the buffers of one are those of the next.
+        """
+        largest, nodes = 0, 0
+        for device in DEVICES:
+            lowering = self._lowering(shape, device)
+            programs = [lowering.decode(rows) for rows in decode_buckets(shape.max_batch_size)]
+            programs += [lowering.prefill(tokens) for tokens in prefill_buckets(shape)]
+            shared = max(program.placement.bytes for program in programs)
+            lasting = sum(
+                aligned(buffer.bytes)
+                for buffer in lowering.lasting()
+                if buffer.name not in ("weights", "kv_cache")
+            )
+            largest = max(largest, shared + lasting)
+            launches = sum(len(program.launches) for program in programs)
+            nodes = max(nodes, launches * len(self.network.layers) // len(self._short.layers))
+        return (
+            Line(
+                "activations",
+                largest,
+                f"rows {decode_buckets(shape.max_batch_size)[-1]} or tokens {prefill_buckets(shape)[-1]} of "
+                f"a layer, logits, rotary table, workspaces: {number(largest)} B, placed by when they live",
+                "device",
+            ),
+            nodes,
+        )
+
+    @property
+    def _short(self) -> Network:
+        layers = self.network.layers
+        return msgspec.structs.replace(self.network, layers=(*layers[:1], *layers[1:][-1:]))
+
+    def _lowering(self, shape: Shape, device: Device) -> Lowering:
+        return Lowering(
+            self._short,
+            self.spec,
+            shape,
+            kv_cache=self.kv_cache,
+            device=device,
+            weights=_Anywhere(),
+            weights_bytes=self.weights_bytes,
+        )
+
+    def _pinned(self, shape: Shape) -> Line:
+        longest = min(prefill_buckets(shape)[-1], shape.max_num_tokens)
+        step = StepBuffers.size(shape, self.spec.vocab_size, longest)
+        slots = aligned(shape.max_batch_size * SAMPLING.itemsize)
+        return Line(
+            "pinned",
+            DEPTH * step + slots,
+            f"steps {DEPTH} × {number(step)} B, mostly logits of {shape.max_batch_size} slots, "
+            f"+ sampling parameters {number(slots)} B",
+            "pinned",
+        )
+
+    def _sampling(self, shape: Shape) -> Line:
+        """The host's sampler, for what the device does not sample."""
+        batch, vocabulary = shape.max_batch_size, self.spec.vocab_size
+        seen, size = min(vocabulary, shape.max_seq_len), np.dtype(np.int32).itemsize
+        return Line(
+            "sampling",
+            ((batch + 2) * vocabulary + batch * seen) * size,
+            f"((slots {batch} + 2) × vocabulary {number(vocabulary)} "
+            f"+ slots {batch} × distinct {number(seen)}) × {size} B",
+        )
+
+
+class _Anywhere(collections.defaultdict[str, int]):
+    """Offsets of tensors where only sizes are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(int)
