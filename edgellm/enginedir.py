@@ -177,6 +177,10 @@ def open_engine(path: Path) -> EngineDir:
         raise EngineError(f"{path} is not an engine directory: it has no {CONFIG}")
     raw = _read(path / CONFIG)
     version = _format_version(raw)
+    if version is None and _is_model_config(raw):
+        raise EngineError(
+            f"{path} is a checkpoint; `edgellm build {path} -o ENGINE` makes an engine directory of it"
+        )
     if version is None:
         raise EngineError(f"{path / CONFIG} is damaged, or not edgellm's; build the engine again")
     if version != FORMAT_VERSION:
@@ -237,12 +241,19 @@ def new_engine(path: Path) -> Iterator[Path]:
     Inside, write the files, then call `seal`. If anything is raised, nothing is left behind.
 
     Raises:
-        BuildError: `path` exists and is no engine directory, or writing failed (a full disk, no permission).
+        BuildError: `path` exists and is no engine directory or is not UTF-8, or writing failed (a full disk,
+            no permission).
     """
     path = path.resolve()
-    _check_replaceable(path)
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise BuildError(
+            f"{path} is not UTF-8, and no library would load an engine there; name another place with -o"
+        ) from error
     made = False
     try:
+        _check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with new_draft(path) as draft:
             made = True
@@ -323,6 +334,14 @@ def _format_version(raw: bytes) -> int | None:
     except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError):
         return None
     return version if isinstance(version, int) else None
+
+
+def _is_model_config(raw: bytes) -> bool:
+    """Whether a config.json is a model's, as transformers writes them."""
+    try:
+        return bool(msgspec.json.decode(raw)["architectures"])
+    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError):
+        return False
 
 
 def _check_replaceable(path: Path) -> None:
