@@ -257,6 +257,8 @@ def check_sanitizer(args: argparse.Namespace, seed: int) -> bool:
         passed = done.returncode == 0
         good &= passed
         print(f"- {check}: {'; '.join(summary) or done.stderr[-500:]}: {'passed' if passed else 'FAILED'}")
+        if not passed:
+            print(f"\n```\n{(done.stdout + done.stderr)[-3000:]}\n```\n")
     return good
 
 
@@ -351,7 +353,8 @@ def _loaded(checkpoint: Checkpoint, **sizes: Any) -> Iterator[CudaExecutor]:
 
 @contextmanager
 def _executor(checkpoint: Checkpoint, folder: Path, *, slots: int, **options: Any) -> Iterator[CudaExecutor]:
-    executor = CudaExecutor(folder, checkpoint.spec, max_batch_size=slots, **options)
+    # The sanitizer's steps take long.
+    executor = CudaExecutor(folder, checkpoint.spec, max_batch_size=slots, step_limit_s=300, **options)
     try:
         executor.load(lambda _what, _done: None)
         yield executor
