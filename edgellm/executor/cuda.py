@@ -60,8 +60,8 @@ from edgellm.sampling import SamplingParams
 
 PIPELINE_DEPTH: Final = 2
 SMALLEST_CHUNK: Final = 2
-"""A prompt's single tokens go through the decode kernels, which sum in another order. Pieces of different buckets
-may still differ in the last bits."""
+"""A prompt's single tokens go through the decode kernels, which sum in another order. Pieces of different
+buckets may still differ in the last bits."""
 STEP_LIMIT_S: Final = 30.0
 """No step takes a hundredth of it."""
 _NAP_S: Final = 50e-6
