@@ -137,6 +137,7 @@ def main() -> int:
     parser.add_argument("--batches", default="1,2,4,8,16", help="rows to measure")
     parser.add_argument("--caches", default="fp16,int8", help="of networks (default %(default)s)")
     parser.add_argument("--seed", type=int, default=None, help="of everything; default: another one each run")
+    parser.add_argument("--profile", default="", help="rows, and tokens as t512, whose kernels to time alone")
     parser.add_argument("--small", action="store_true", help="one small network only, for the sanitizer")
     args = parser.parse_args()
     seed = secrets.randbits(31) if args.seed is None else args.seed
@@ -317,8 +318,22 @@ def check_benchmark(args: argparse.Namespace, seed: int) -> bool:
                             f"{workload.total_tokens / seconds:.0f} |",
                             flush=True,
                         )
+                    if dependent:
+                        _show_profile(executor, args.profile)
                 print()
     return True
+
+
+def _show_profile(executor: CudaExecutor, wanted: str) -> None:
+    """What a step's kernels take, each kind by itself."""
+    for word in filter(None, wanted.split(",")):
+        count = int(word.strip("t"))
+        timings = executor.profile(tokens=count) if word[0] == "t" else executor.profile(rows=count)
+        print(f"\n| {count} {'tokens' if word[0] == 't' else 'rows'} | launches | µs each | µs in all |")
+        print("| --- | ---: | ---: | ---: |")
+        for each in timings:
+            micros = 1e6 * each.seconds
+            print(f"| {each.name} | {each.count} | {micros / each.count:.2f} | {micros:.0f} |", flush=True)
 
 
 def _checkpoints(args: argparse.Namespace, seed: int) -> Iterator[tuple[str, Checkpoint]]:

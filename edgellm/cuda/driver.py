@@ -12,7 +12,9 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any, Final
 
 import numpy as np
@@ -83,12 +85,15 @@ class Driver:
         index: of the device.
         api: cuda-bindings' driver module, or what stands in for it; None: the one installed.
         root: where /dev is.
+        context: whether there is to be a context; without one, only `facts` can be asked for.
 
     Raises:
         DeviceError: CUDA or the device cannot be used; the message says what would help.
     """
 
-    def __init__(self, index: int = 0, *, api: Any = None, root: Path = Path("/")) -> None:
+    def __init__(
+        self, index: int = 0, *, api: Any = None, root: Path = Path("/"), context: bool = True
+    ) -> None:
         self._api = load_driver() if api is None else api
         self._root = root
         self._streams: list[Any] = []
@@ -119,8 +124,9 @@ class Driver:
                 f"{self.facts.name} has compute capability {sm // 10}.{sm % 10}; the kernels need 8.0 "
                 "(Ampere) or newer. Build the engine with --executor cpu for this machine"
             )
-        self._context = self.call("cuDevicePrimaryCtxRetain", self._device)
-        self.attach()
+        if context:
+            self._context = self.call("cuDevicePrimaryCtxRetain", self._device)
+            self.attach()
 
     def attach(self) -> None:
         """Make the context current on the calling thread, which every thread that calls needs once."""
@@ -204,6 +210,21 @@ class Driver:
         if int(status) != _SUCCESS:
             raise self._error("cuEventQuery", status)
         return True
+
+    def time(self, body: Callable[[], None], stream: Any, *, rounds: int = 9, warm_up: int = 2) -> float:
+        """Seconds that what `body` puts into the stream takes: the median of some rounds, back to back."""
+        for _ in range(warm_up):
+            body()
+        events = [self.event(timed=True) for _ in range(rounds + 1)]
+        self.call("cuEventRecord", events[0], stream)
+        for event in events[1:]:
+            body()
+            self.call("cuEventRecord", event, stream)
+        self.call("cuStreamSynchronize", stream)
+        taken = [self.call("cuEventElapsedTime", one, other) for one, other in pairwise(events)]
+        for event in events:
+            self.call("cuEventDestroy", event)
+        return float(median(taken)) / 1000
 
     # Modules and launches.
 

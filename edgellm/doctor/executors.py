@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterator
 
+from edgellm.doctor.cuda import check_cuda
 from edgellm.doctor.finding import Finding, Level
 from edgellm.doctor.host import Host
 
@@ -36,8 +37,8 @@ def check_executors(host: Host) -> Iterator[Finding]:
     yield _cuda(host, driver, cuda)
     yield _tensorrt(tensorrt)
     yield _cpu(host)
-    for name, needs in (("cuda", driver), ("tensorrt", tensorrt)):
-        yield _device_executor(name, present=needs is not None)
+    yield from check_cuda(host, present=driver is not None)
+    yield _device_executor("tensorrt", present=tensorrt is not None)
 
 
 def _cuda(host: Host, driver: tuple[int, ...] | None, version: str | None) -> Finding:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from edgellm.cuda.cubin import read_resources
 from edgellm.cuda.driver import Driver, resolve
+from edgellm.cuda.launch import Launch
 from edgellm.errors import DeviceLost, ExecutorFault
 from edgellm.executor.base import (
     ExecutorInfo,
@@ -67,10 +69,19 @@ _NAP_S: Final = 50e-6
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
-    """A captured program."""
+    """A captured program.
+
+    Attributes:
+        handle: of the graph.
+        logits: where on the device they lie.
+        launches: what it was captured of.
+        capture: captures some of them by themselves.
+    """
 
     handle: Any
     logits: int
+    launches: Sequence[Launch]
+    capture: Callable[[Sequence[Launch]], Any]
 
 
 @dataclass(slots=True)
@@ -80,6 +91,7 @@ class _Open:
     Attributes:
         wanted: rows that want something, in the step's order.
         by_host: for each of them, whether the host samples it.
+        at: for each of them, where in the buffers its result or logits come to lie.
         event: when everything is back.
     """
 
@@ -87,6 +99,7 @@ class _Open:
     buffers: StepBuffers
     wanted: list[Row]
     by_host: list[bool]
+    at: list[int]
     mask: NDArray[np.uint32] | None
     event: Any
     started: float
@@ -126,6 +139,21 @@ class _Loaded:
     ring: list[tuple[StepBuffers, Any]]
     sampling: NDArray[Any]
     handles: list[Any] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What some launches took together.
+
+    Attributes:
+        name: of their kernel, or `all`.
+        count: launches.
+        seconds: for all of them.
+    """
+
+    name: str
+    count: int
+    seconds: float
 
 
 class CudaExecutor:
@@ -279,7 +307,6 @@ class CudaExecutor:
         buffers, event = state.ring[self._next_ticket % PIPELINE_DEPTH]
         wanted = [row for row in step.rows if row.want is not Want.NONE]
         by_host = [self._needs_host(row, step) for row in wanted]
-        place = {row.slot: number for number, row in enumerate(wanted)}
         host = {row.slot for row, is_host in zip(wanted, by_host, strict=True) if is_host}
         for row in wanted:
             own = self._slots[row.slot]
@@ -289,8 +316,9 @@ class CudaExecutor:
                 own.behind = False
         started = time.monotonic()
         for number in range(0, len(singles), MOST_ROWS):
-            self._decode(singles[number : number + MOST_ROWS], number // MOST_ROWS, buffers, place, host)
+            self._decode(singles[number : number + MOST_ROWS], number, buffers, host)
         longest = max(state.prefill)
+        places = {row.slot: number for number, row in enumerate(singles)}
         for number, piece in enumerate(pieces_of(prompts, longest)):
             wants = piece.last and piece.row.want is not Want.NONE
             raw = buffers.piece(number, piece, WANTS_TOKEN if wants and piece.row.slot not in host else 0)
@@ -298,8 +326,8 @@ class CudaExecutor:
             self._upload("chunk", raw)
             state.driver.call("cuGraphLaunch", graph.handle, state.stream)
             if wants:
-                at = place[piece.row.slot]
-                self._download(graph, 0, at, buffers, host=piece.row.slot in host)
+                first = places[piece.row.slot] = len(places)
+                self._download(graph, first, 1, buffers, (0,) if piece.row.slot in host else ())
         state.driver.call("cuEventRecord", event, state.stream)
         for row in step.rows:
             own = self._slots[row.slot]
@@ -308,7 +336,8 @@ class CudaExecutor:
                 own.index += 1
                 own.token = None
                 own.behind = own.behind or row.slot in host
-        self._open.append(_Open(self._next_ticket, buffers, wanted, by_host, step.mask, event, started))
+        at = [places[row.slot] for row in wanted]
+        self._open.append(_Open(self._next_ticket, buffers, wanted, by_host, at, step.mask, event, started))
         return self._next_ticket
 
     def collect(self, ticket: Ticket) -> Result:
@@ -320,6 +349,31 @@ class CudaExecutor:
         self._open.popleft()
         assert flight.result is not None
         return flight.result
+
+    def profile(self, *, rows: int | None = None, tokens: int | None = None) -> list[Timing]:
+        """How long the kernels of a decode bucket, or of a prefill one, take: all, then each kind by itself.
+
+        Launches of one kind run one after the other, each with its own layer's weights. What the caches hold
+        is lost; nothing may be open.
+        """
+        assert not self._open, "a step is open"
+        self._attach()
+        state = self._device_state
+        graph = state.prefill[tokens] if rows is None and tokens is not None else state.decode[rows or 1]
+        kinds: dict[str, list[Launch]] = {"all": list(graph.launches)}
+        for launch in graph.launches:
+            kinds.setdefault(launch.kernel.expression, []).append(launch)
+        timings = []
+        for name, launches in kinds.items():
+            handle = graph.capture(launches)
+            seconds = state.driver.time(partial(self._replay, handle), state.stream)
+            state.driver.call("cuGraphExecDestroy", handle)
+            timings.append(Timing(name, len(launches), seconds))
+        return timings
+
+    def _replay(self, handle: Any) -> None:
+        state = self._device_state
+        state.driver.call("cuGraphLaunch", handle, state.stream)
 
     def close(self) -> None:
         """Give the memory back; idempotent."""
@@ -382,22 +436,28 @@ class CudaExecutor:
         load_weights(driver, stream, weights, memory.at("weights"), lambda done: progress("weights", done))
         self._sampler = Sampler(shape.max_batch_size, spec.vocab_size, max_seq_len=shape.max_seq_len)
 
+        dependent = self._dependent_launch and facts.device.has_dependent_launch
+
         def capture(program: Program) -> _Graph:
             address_of = memory.resolver(program)
 
-            def launch() -> None:
-                for each in program.launches:
-                    driver.launch(
-                        functions[each.kernel],
-                        each.grid,
-                        threads=each.kernel.threads,
-                        shared=each.kernel.shared,
-                        arguments=resolve(each.arguments, address_of),
-                        stream=stream,
-                        early=each.early and self._dependent_launch and facts.device.has_dependent_launch,
-                    )
+            def of(launches: Sequence[Launch]) -> Any:
+                def launch() -> None:
+                    for each in launches:
+                        driver.launch(
+                            functions[each.kernel],
+                            each.grid,
+                            threads=each.kernel.threads,
+                            shared=each.kernel.shared,
+                            arguments=resolve(each.arguments, address_of),
+                            stream=stream,
+                            early=each.early and dependent,
+                        )
 
-            return _Graph(driver.capture(stream, launch), memory.address_in(program, "logits"))
+                return driver.capture(stream, launch)
+
+            logits = memory.address_in(program, "logits")
+            return _Graph(of(program.launches), logits, program.launches, of)
 
         graphs: dict[int, dict[int, _Graph]] = {0: {}, 1: {}}
         for kind, programs_of_kind in enumerate((decode, prefill)):
@@ -454,15 +514,14 @@ class CudaExecutor:
     def _decode(
         self,
         rows: Sequence[Row],
-        group: int,
+        first: int,
         buffers: StepBuffers,
-        place: dict[int, int],
         host: set[int],
     ) -> None:
-        """Launch rows of one token each, and send back what is wanted."""
+        """Launch rows of one token each, the step's from the `first` on, and send back what is wanted."""
         state = self._device_state
         bucket = _bucket(state.decode, len(rows))
-        staged = buffers.rows[group, :bucket]
+        staged = buffers.rows[first // MOST_ROWS, :bucket]
         staged["slot"][len(rows) :] = NOBODY
         for number, row in enumerate(rows):
             if isinstance(row.tokens, Feedback):
@@ -475,9 +534,9 @@ class CudaExecutor:
         self._upload("rows", staged)
         graph = state.decode[bucket]
         state.driver.call("cuGraphLaunch", graph.handle, state.stream)
-        for number, row in enumerate(rows):
-            if row.want is not Want.NONE:
-                self._download(graph, number, place[row.slot], buffers, host=row.slot in host)
+        hosted = [number for number, row in enumerate(rows) if row.slot in host]
+        if any(row.want is not Want.NONE for row in rows):
+            self._download(graph, first, len(rows), buffers, hosted)
 
     def _upload_sampling(self, slot: int) -> None:
         state = self._device_state
@@ -491,22 +550,23 @@ class CudaExecutor:
             "cuMemcpyHtoDAsync", state.memory.at(name), array.ctypes.data, array.nbytes, state.stream
         )
 
-    def _download(self, graph: _Graph, number: int, place: int, buffers: StepBuffers, *, host: bool) -> None:
-        """Send one row's result back, and its logits where the host samples."""
+    def _download(
+        self, graph: _Graph, first: int, count: int, buffers: StepBuffers, hosted: Sequence[int]
+    ) -> None:
+        """Send back the results of a launch's first `count` rows, and the logits that the host samples from.
+
+        Args:
+            first: where in the buffers they come to lie.
+        """
         state = self._device_state
-        if not host:
-            source, result = state.memory.at("results") + number * SAMPLED.itemsize, buffers.results
-            target = result.ctypes.data + place * SAMPLED.itemsize
-            state.driver.call("cuMemcpyDtoHAsync", target, source, SAMPLED.itemsize, state.stream)
-        else:
-            row = buffers.logits[place]
-            state.driver.call(
-                "cuMemcpyDtoHAsync",
-                row.ctypes.data,
-                graph.logits + number * row.nbytes,
-                row.nbytes,
-                state.stream,
-            )
+        if len(hosted) < count:
+            size = SAMPLED.itemsize
+            target, source = buffers.results.ctypes.data + first * size, state.memory.at("results")
+            state.driver.call("cuMemcpyDtoHAsync", target, source, count * size, state.stream)
+        for number in hosted:
+            row = buffers.logits[first + number]
+            source = graph.logits + number * row.nbytes
+            state.driver.call("cuMemcpyDtoHAsync", row.ctypes.data, source, row.nbytes, state.stream)
 
     def _needs_host(self, row: Row, step: Step) -> bool:
         return row.want is Want.LOGITS or step.mask is not None or not self._slots[row.slot].on_device
@@ -524,7 +584,7 @@ class CudaExecutor:
             return
         self._wait(flight)
         buffers, wanted = flight.buffers, flight.wanted
-        results = buffers.results[: len(wanted)]
+        results = buffers.results[flight.at]
         token = results["token"].copy()
         sampled: Sampled | None = None
         hosted = [number for number, is_host in enumerate(flight.by_host) if is_host]
@@ -538,7 +598,9 @@ class CudaExecutor:
         if hosted:
             mask = None if flight.mask is None else flight.mask[hosted]
             slots = [wanted[number].slot for number in hosted]
-            sampled = self._sampler.sample(slots, buffers.logits[hosted], mask)
+            sampled = self._sampler.sample(
+                slots, buffers.logits[[flight.at[number] for number in hosted]], mask
+            )
             token[hosted] = sampled.token
             for slot, chosen in zip(slots, sampled.token.tolist(), strict=True):
                 self._slots[slot].token = chosen
@@ -552,7 +614,7 @@ class CudaExecutor:
     ) -> Result:
         count = len(flight.wanted)
         width = 0 if sampled is None else sampled.top_ids.shape[1]
-        logprob = flight.buffers.results["logprob"][:count].copy()
+        logprob = flight.buffers.results["logprob"][flight.at]
         top_ids = np.full((count, width), -1, np.int32)
         top_logprobs = np.full((count, width), np.nan, np.float32)
         logits = None
@@ -564,7 +626,7 @@ class CudaExecutor:
             logits = np.zeros((count, self._spec.vocab_size), np.float32)
             for number, row in enumerate(flight.wanted):
                 if row.want is Want.LOGITS:
-                    logits[number] = flight.buffers.logits[number]
+                    logits[number] = flight.buffers.logits[flight.at[number]]
         return Result(token, logprob, top_ids, top_logprobs, logits)
 
     def _wait(self, flight: _Open) -> None:

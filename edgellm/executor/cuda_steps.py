@@ -42,8 +42,8 @@ class StepBuffers:
     Attributes:
         rows: ROW [groups, MOST_ROWS], for decode launches.
         pieces: bytes [pieces, header and ids], for prefill launches; see `piece`.
-        results: SAMPLED [max_batch_size], one for each row that wants something.
-        logits: float32 [max_batch_size, vocab], likewise, for those that the host samples.
+        results: SAMPLED [max_batch_size], rows of one token first, then the others.
+        logits: float32 [max_batch_size, vocab], likewise, of those that the host samples.
     """
 
     def __init__(self, pinned: Pinned, shape: Shape, vocab: int, longest: int) -> None:

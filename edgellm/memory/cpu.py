@@ -37,8 +37,6 @@ HEAD_NORM_NODES: Final = 7
 """More per layer where query and key heads are normalised: one that parts q, k and v, three for each norm."""
 MIXTURE_NODES: Final = 30
 """More per layer that is a mixture of experts: routing, sorting, adding up."""
-EXPERT_NODE: Final = 13_500
-"""What ONNX Runtime holds for an expert's product, its matrix apart."""
 FRAGMENTATION: Final = 1.25
 """ONNX Runtime's arena against the tensors that live at the same time."""
 
@@ -148,10 +146,9 @@ class CpuFootprint:
             mixtures = sum(map(self.spec.is_mixture, range(layers)))
             # Gate and up are one product, down another; each has a second one where there are offsets.
             products = self.spec.moe.num_experts * (4 if self._any_offsets("expert") else 2)
-            size += mixtures * (MIXTURE_NODES * NODE + products * EXPERT_NODE)
+            size += mixtures * (MIXTURE_NODES + products) * NODE
             formula += (
-                f" + mixtures {mixtures} × (nodes {MIXTURE_NODES} × {number(NODE)} B "
-                f"+ products {products} × {number(EXPERT_NODE)} B)"
+                f" + mixtures {mixtures} × (nodes {MIXTURE_NODES} + products {products}) × {number(NODE)} B"
             )
         return Line("graph", size, formula)
 
@@ -182,7 +179,7 @@ class CpuFootprint:
         spec = self.spec
         rows = max(min(CHUNK, shape.max_num_tokens, shape.max_seq_len), shape.max_batch_size)
         # Gate and up side by side, their halves, SiLU, product; with offsets two more of the first.
-        wide = 10 if self._any_offsets("linear", "expert") else 6
+        wide = 10 if self._any_offsets("linear") else 6
         # The heads together can be wider than the residual stream, as Qwen3's are.
         stream = max(spec.hidden_size, spec.num_attention_heads * spec.head_size)
         around = f"6 × hidden or heads {number(stream)}"
@@ -191,10 +188,12 @@ class CpuFootprint:
             inner = spec.intermediate_size
             widths.append((wide * inner + 6 * stream, f"{wide} × mlp {number(inner)} + {around}"))
         if spec.moe is not None:
-            # A row for each of a token's experts: sorted, of gate, up and down, weighted.
+            # A row for each of a token's experts, twice: sorted, and cut into the experts' runs; the runs of
+            # gate and up, and these joined; where there are offsets, the same of their products.
             top_k, inner, hidden = spec.moe.top_k, spec.moe_intermediate_size, spec.hidden_size
-            of_experts = f"experts {top_k} × ({wide} × mlp {number(inner)} + 6 × hidden {number(hidden)})"
-            widths.append((top_k * (wide * inner + 6 * hidden) + 6 * stream, f"{of_experts} + {around}"))
+            runs = 8 if self._any_offsets("expert") else 4
+            of_experts = f"experts {top_k} × ({runs} × mlp {number(inner)} + 3 × hidden {number(hidden)})"
+            widths.append((top_k * (runs * inner + 3 * hidden) + 6 * stream, f"{of_experts} + {around}"))
         width, formula = max(widths)
         # Half-precision caches: the scores once more, in floats.
         copies = 1 if self.kv_cache == "fp32" else 2
