@@ -28,12 +28,14 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "gpu"))
 
 from reference import NumpyExecutor
 
 from edgellm import __version__
+from edgellm.bench.prompts import PASSAGE
 from edgellm.checkpoint.base import Checkpoint, open_checkpoint
 from edgellm.checkpoint.random import QUANTS, RandomCheckpoint, random_checkpoint
 from edgellm.cuda.driver import Driver
@@ -214,6 +216,16 @@ def check_sampling(args: argparse.Namespace, seed: int) -> bool:
         SamplingParams(temperature=0.8, top_k=40, seed=int(chance.integers(1 << 62))),
         SamplingParams(temperature=1.2, top_p=0.9, seed=int(chance.integers(1 << 62))),
         SamplingParams(temperature=1.0, min_p=0.1, seed=int(chance.integers(1 << 62))),
+        SamplingParams(
+            temperature=0.9,
+            seed=int(chance.integers(1 << 62)),
+            repetition_penalty=1.2,
+            frequency_penalty=0.4,
+            presence_penalty=0.3,
+            logit_bias={5: 3.0, 17: -4.0},
+            min_tokens=8,
+            suppressed=(1, 2),
+        ),
     ]
     slots = range(len(params))
     with _loaded(checkpoint, slots=len(params), max_seq_len=256) as executor:
@@ -239,7 +251,8 @@ def check_sampling(args: argparse.Namespace, seed: int) -> bool:
         chained = (run(Want.TOKEN, None) == expected).mean(axis=0)
     for slot, each in enumerate(params):
         print(
-            f"- temperature {each.temperature}, top_k {each.top_k}, top_p {each.top_p}, min_p {each.min_p}: "
+            f"- temperature {each.temperature}, top_k {each.top_k}, top_p {each.top_p}, min_p {each.min_p}"
+            f"{', penalties and biases' if each.counts_tokens else ''}: "
             f"of 101 tokens {single[slot]:.1%} as the host's sampler, fed back {chained[slot]:.1%}"
         )
     # A token differs where u is within rounding of a border between two.
@@ -358,9 +371,12 @@ def _prove(checkpoint: Checkpoint, kv_cache: CacheKind, seed: int) -> Iterator[C
     length, slots = (96, 4) if real else (80, 5)
     with _loaded(checkpoint, slots=slots, max_seq_len=128, kv_cache=kv_cache) as executor:
         reference = NumpyExecutor(checkpoint, executor.info)
-        prompts = [
-            chance.integers(0, checkpoint.spec.vocab_size, length, dtype=np.int32) for _ in range(slots)
-        ]
+        if real:
+            text = np.array(Tokenizer.from_str(checkpoint.tokenizer_json().decode()).encode(PASSAGE).ids)
+            prompts = [text[at : at + length].astype(np.int32) for at in range(0, slots * length, length)]
+        else:
+            vocabulary = checkpoint.spec.vocab_size
+            prompts = [chance.integers(0, vocabulary, length, dtype=np.int32) for _ in range(slots)]
         reference.announce(prompts)
         yield from prove(executor, reference, prompts)
 

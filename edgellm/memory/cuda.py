@@ -16,11 +16,13 @@ import numpy as np
 from edgellm.cuda.launch import Device
 from edgellm.engine_config import Compute
 from edgellm.executor.cuda_programs import (
+    HISTORY,
     Lowering,
     decode_buckets,
     prefill_buckets,
 )
 from edgellm.executor.cuda_steps import StepBuffers
+from edgellm.kernels.adjust import AdjustmentsShape
 from edgellm.kernels.attention_shape import CacheKind
 from edgellm.kernels.sample import SAMPLING
 from edgellm.memory.arena import aligned
@@ -156,7 +158,10 @@ class CudaFootprint:
     def _pinned(self, shape: Shape) -> Line:
         longest = min(prefill_buckets(shape)[-1], shape.max_num_tokens)
         step = StepBuffers.size(shape, self.spec.vocab_size, longest)
-        slots = aligned(shape.max_batch_size * SAMPLING.itemsize)
+        adjustments = AdjustmentsShape(self.spec.vocab_size, HISTORY).dtype.itemsize
+        slots = aligned(shape.max_batch_size * SAMPLING.itemsize) + aligned(
+            shape.max_batch_size * adjustments
+        )
         return Line(
             "pinned",
             DEPTH * step + slots,
