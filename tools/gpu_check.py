@@ -373,7 +373,8 @@ def _prove(checkpoint: Checkpoint, kv_cache: CacheKind, seed: int) -> Iterator[C
         reference = NumpyExecutor(checkpoint, executor.info)
         if real:
             text = np.array(Tokenizer.from_str(checkpoint.tokenizer_json().decode()).encode(PASSAGE).ids)
-            prompts = [text[at : at + length].astype(np.int32) for at in range(0, slots * length, length)]
+            starts = np.linspace(0, len(text) - length, slots).astype(int)
+            prompts = [text[at : at + length].astype(np.int32) for at in starts]
         else:
             vocabulary = checkpoint.spec.vocab_size
             prompts = [chance.integers(0, vocabulary, length, dtype=np.int32) for _ in range(slots)]
