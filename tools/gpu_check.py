@@ -45,7 +45,7 @@ from edgellm.executor.cuda_build import cache_kind
 from edgellm.kernels.attention_shape import CacheKind
 from edgellm.memory.sizes import show_size
 from edgellm.model.kernels import emit
-from edgellm.model.spec import ModelSpec
+from edgellm.model.spec import Mixture, ModelSpec
 from edgellm.sampling import SamplingParams
 
 MAX_MEAN_KL: Final = 0.001
@@ -53,7 +53,13 @@ MAX_MEAN_KL: Final = 0.001
 MAX_MEAN_KL_INT8: Final = 0.02
 """With int8 caches and random weights, whose attention is sharper than any trained model's."""
 PARTS: Final = ("kernels", "networks", "sampling", "memory", "sanitizer", "benchmark")
-CHECKS: Final = ("linear_checks.py", "gemm_checks.py", "attention_checks.py", "sample_checks.py")
+CHECKS: Final = (
+    "linear_checks.py",
+    "gemm_checks.py",
+    "attention_checks.py",
+    "sample_checks.py",
+    "moe_checks.py",
+)
 GREEDY: Final = SamplingParams(temperature=0.0)
 NOTHING: Final = np.zeros(0, np.int32)
 
@@ -100,6 +106,22 @@ SMALL: Final[dict[str, ModelSpec]] = {
         max_position_embeddings=2048,
         rotary_base=1e6,
         qk_layernorm=True,
+    ),
+    "qwen3 moe, 24 experts, 4 for a token": ModelSpec(
+        architecture="Qwen3MoeForCausalLM",
+        vocab_size=1024,
+        hidden_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_size=64,
+        intermediate_size=512,
+        norm_epsilon=1e-6,
+        max_position_embeddings=2048,
+        rotary_base=1e6,
+        qk_layernorm=True,
+        moe=Mixture(num_experts=24, top_k=4),
+        moe_intermediate_size=192,
     ),
 }
 
@@ -257,6 +279,8 @@ def check_sanitizer(args: argparse.Namespace, seed: int) -> bool:
         passed = done.returncode == 0
         good &= passed
         print(f"- {check}: {'; '.join(summary) or done.stderr[-500:]}: {'passed' if passed else 'FAILED'}")
+        if not passed:
+            print(f"\n```\n{(done.stdout + done.stderr)[-3000:]}\n```\n")
     return good
 
 
@@ -351,7 +375,8 @@ def _loaded(checkpoint: Checkpoint, **sizes: Any) -> Iterator[CudaExecutor]:
 
 @contextmanager
 def _executor(checkpoint: Checkpoint, folder: Path, *, slots: int, **options: Any) -> Iterator[CudaExecutor]:
-    executor = CudaExecutor(folder, checkpoint.spec, max_batch_size=slots, **options)
+    # The sanitizer's steps take long.
+    executor = CudaExecutor(folder, checkpoint.spec, max_batch_size=slots, step_limit_s=300, **options)
     try:
         executor.load(lambda _what, _done: None)
         yield executor

@@ -60,11 +60,14 @@ from edgellm.sampling import SamplingParams
 
 PIPELINE_DEPTH: Final = 2
 SMALLEST_CHUNK: Final = 2
-"""A prompt's single tokens go through the decode kernels, which sum in another order."""
+"""A prompt's single tokens go through the decode kernels, which sum in another order. Pieces of different
+buckets may still differ in the last bits."""
 STEP_LIMIT_S: Final = 30.0
-"""A step that takes longer hangs: no step of a bucket takes a hundredth of it."""
+"""No step takes a hundredth of it."""
 _NAP_S: Final = 50e-6
-"""Between looks at a step that is about to end."""
+_LONGEST_NAP_S: Final = 1e-3
+_NAP_SHARE: Final = 0.1
+"""Between two looks at a step: a tenth of what it was waited for, so that it is not noticed late by more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +170,7 @@ class CudaExecutor:
         max_num_tokens: tokens that a step may feed.
         kv_cache: what the caches hold.
         dependent_launch: whether kernels may start before the one in front has ended, where the device can.
+        step_limit_s: a step that takes longer hangs.
         open_driver: opens the device.
     """
 
@@ -180,12 +184,14 @@ class CudaExecutor:
         max_num_tokens: int,
         kv_cache: CacheKind = "fp16",
         dependent_launch: bool = True,
+        step_limit_s: float = STEP_LIMIT_S,
         open_driver: Callable[[], Driver] = Driver,
     ) -> None:
         self._directory = directory
         self._spec = spec
         self._shape = Shape(max_batch_size, max_seq_len, max_num_tokens)
         self._kv_cache: CacheKind = kv_cache
+        self._step_limit_s = step_limit_s
         self._open_driver = open_driver
         self._dependent_launch = dependent_launch
         kv_heads, layers = spec.num_key_value_heads, spec.num_hidden_layers
@@ -203,7 +209,6 @@ class CudaExecutor:
         self._slots = [_Slot() for _ in range(max_batch_size)]
         self._open: collections.deque[_Open] = collections.deque()
         self._next_ticket = 0
-        self._step_s = 0.0
         self._thread = 0
         self._loaded: _Loaded | None = None
 
@@ -635,16 +640,12 @@ class CudaExecutor:
         Raises:
             DeviceLost: the device failed, or the step hangs.
         """
-        driver = self._device_state.driver
-        # Most of a long step is slept through at once.
-        rest = flight.started + 0.7 * self._step_s - time.monotonic()
-        if rest > 2e-3 and not driver.done(flight.event):
-            time.sleep(min(rest, 0.1))
+        driver, begun = self._device_state.driver, time.monotonic()
         while not driver.done(flight.event):
-            if time.monotonic() - flight.started > STEP_LIMIT_S:
-                raise DeviceLost(f"a step has not ended after {STEP_LIMIT_S:.0f} s; the device hangs")
-            time.sleep(_NAP_S)
-        self._step_s = time.monotonic() - flight.started
+            now = time.monotonic()
+            if now - flight.started > self._step_limit_s:
+                raise DeviceLost(f"a step has not ended after {self._step_limit_s:.0f} s; the device hangs")
+            time.sleep(min(max(_NAP_S, (now - begun) * _NAP_SHARE), _LONGEST_NAP_S))
 
     def _check(self, step: Step) -> None:
         """The scheduler keeps to these; what a client sends never gets here unchecked."""

@@ -34,7 +34,7 @@ DEVICES: Final = (Device(87, 16, 163 << 10), Device(87, 8, 163 << 10), Device(90
 
 PROCESS: Final = 75_000_000
 """Python, numpy, pyzmq, msgspec, cuda-bindings and edgellm itself, without an engine."""
-DRIVER: Final = 180_000_000
+DRIVER: Final = 160_000_000
 """libcuda's pages in the process: code, its own heaps, the host side of the context."""
 CONTEXT: Final = 520_000_000
 """Device memory of a context: local memory for every thread that can run, and the driver's own buffers."""

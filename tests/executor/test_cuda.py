@@ -18,7 +18,6 @@ from tiny_networks import NETWORKS, SHAPE, build
 
 from edgellm.cuda.driver import Driver
 from edgellm.errors import DeviceError, DeviceLost, EngineError, ExecutorFault, TemporaryShortage
-from edgellm.executor import cuda
 from edgellm.executor.base import FEEDBACK, Feedback, Result, Row, Step, Ticket, Want
 from edgellm.executor.cuda import CudaExecutor
 from edgellm.executor.sampler import Sampler
@@ -38,13 +37,14 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def make(engine: Path, device: FakeDevice) -> CudaExecutor:
+def make(engine: Path, device: FakeDevice, step_limit_s: float = 30.0) -> CudaExecutor:
     return CudaExecutor(
         engine,
         NETWORKS["llama"],
         max_batch_size=SHAPE.max_batch_size,
         max_seq_len=SHAPE.max_seq_len,
         max_num_tokens=SHAPE.max_num_tokens,
+        step_limit_s=step_limit_s,
         open_driver=lambda: Driver(api=device),
     )
 
@@ -238,12 +238,11 @@ def test_a_lost_device_is_told_and_close_still_ends(
     executor.close()
 
 
-def test_a_step_that_hangs_is_a_lost_device(
-    executor: CudaExecutor, device: FakeDevice, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_that_hangs_is_a_lost_device(engine: Path, device: FakeDevice) -> None:
+    executor = make(engine, device, step_limit_s=0.05)
+    executor.load(lambda _what, _done: None)
     bind(executor, [GREEDY])
     device.fails["cuEventQuery"] = Status.CUDA_ERROR_NOT_READY
-    monkeypatch.setattr(cuda, "STEP_LIMIT_S", 0.05)
     with pytest.raises(DeviceLost, match="the device hangs"):
         run(executor, [Step([row(0, 0, [1, 2])])])
 
