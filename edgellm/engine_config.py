@@ -93,6 +93,7 @@ class PlanRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         emitted_bytes: of the network's constants.
         weight_bytes: of the plan's weights on the device.
         prefill_bytes, decode_bytes: of the activations of a prompt's chunk and of a decode step.
+        kernels: that a decode step launches, about.
     """
 
     library: Literal["tensorrt", "tensorrt_rtx"]
@@ -104,6 +105,7 @@ class PlanRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     weight_bytes: int
     prefill_bytes: int
     decode_bytes: int
+    kernels: int
 
 
 class EdgellmSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

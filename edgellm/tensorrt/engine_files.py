@@ -15,7 +15,8 @@ import msgspec
 
 from edgellm.checkpoint.base import Checkpoint
 from edgellm.engine_config import BuildConfig, PlanRecord
-from edgellm.errors import DeviceError, UsageError
+from edgellm.enginedir import EngineDir
+from edgellm.errors import DeviceError, EngineError, UsageError
 from edgellm.executor.base import Progress
 from edgellm.governor.platform import Family, identify_board
 from edgellm.tensorrt.api import Api
@@ -72,8 +73,21 @@ def write_plan(
         weight_bytes=plan.weight_bytes,
         prefill_bytes=plan.activation_bytes[0],
         decode_bytes=plan.activation_bytes[1],
+        kernels=-(-len(plan.layers) // 2),
     )
     return record, plan.warnings
+
+
+def plan_record(directory: EngineDir) -> PlanRecord:
+    """What an engine of the tensorrt executor says of its plan.
+
+    Raises:
+        EngineError: nothing, or there is no plan.
+    """
+    plan = directory.config.edgellm.plan
+    if plan is None or PLAN_FILE not in directory.config.edgellm.files:
+        raise EngineError(f"{directory.path} has no TensorRT plan, {PLAN_FILE}; build the engine again")
+    return plan
 
 
 def sm_at_hand(api: Api) -> int:

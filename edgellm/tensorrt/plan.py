@@ -96,7 +96,7 @@ def build_plan(
         for pool in (trt.MemoryPoolType.WORKSPACE, trt.MemoryPoolType.TACTIC_DRAM):
             config.set_memory_pool_limit(pool, builder_memory)
     _add_profiles(builder, config, checkpoint.spec, build, lengths=api.has_lengths)
-    cache = _timing_cache(config, timing_cache)
+    cache = open_timing_cache(api, config, timing_cache)
     data = builder.build_serialized_network(network, config)
     if data is None:
         raise BuildError(f"{api.name} {api.version} does not build this network: {_reason(log)}")
@@ -145,7 +145,10 @@ def _capabilities(api: Api, targets: Sequence[int]) -> list[Any]:
     for target in targets:
         if f"SM{target}" not in known:
             possible = ", ".join(name[2:] for name in known if name.startswith("SM"))
-            raise BuildError(f"--sm {target}: {api.name} {api.version} builds for {possible}")
+            raise BuildError(
+                f"--sm {target}: {api.name} {api.version} builds for {possible}; for others build "
+                "there, with the device's own TensorRT, or use `--executor cuda`"
+            )
     return [known[f"SM{target}"] for target in targets]
 
 
@@ -169,9 +172,15 @@ def _add_profiles(builder: Any, config: Any, spec: ModelSpec, build: BuildConfig
         config.add_optimization_profile(profile)
 
 
-def _timing_cache(config: Any, path: Path | None) -> Any:
-    """A file's cache, an empty one where it is missing or another library's; None where none is wanted."""
-    if path is None or not hasattr(config, "create_timing_cache"):
+def open_timing_cache(api: Api, config: Any, path: Path | None) -> Any:
+    """A file's cache, an empty one where it is missing or another library's; None where none is wanted.
+
+    TensorRT-RTX measures nothing when it builds: it takes a cache, and warns that it will not use it.
+
+    Raises:
+        BuildError: the file cannot be read.
+    """
+    if path is None or api.name == "tensorrt_rtx":
         return None
     try:
         held = path.read_bytes() if path.exists() else b""
