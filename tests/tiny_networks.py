@@ -14,7 +14,7 @@ from edgellm.executor.cuda_programs import Lowering
 from edgellm.memory.plan import Shape
 from edgellm.model.kernels import emit
 from edgellm.model.network import read_network
-from edgellm.model.spec import ModelSpec
+from edgellm.model.spec import Mixture, ModelSpec
 from edgellm.model.weights_file import read_weights_header
 
 ORIN = Device(87, 16, 163 << 10)
@@ -59,6 +59,21 @@ NETWORKS = {
         norm_epsilon=1e-6,
         max_position_embeddings=512,
         qk_layernorm=True,
+    ),
+    "qwen3moe": ModelSpec(
+        architecture="Qwen3MoeForCausalLM",
+        vocab_size=320,
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_size=64,
+        intermediate_size=256,
+        norm_epsilon=1e-6,
+        max_position_embeddings=512,
+        qk_layernorm=True,
+        moe=Mixture(num_experts=6, top_k=2),
+        moe_intermediate_size=64,
     ),
 }
 

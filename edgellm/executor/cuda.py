@@ -39,6 +39,7 @@ from edgellm.executor.base import (
 from edgellm.executor.cuda_kernels import load_cubins
 from edgellm.executor.cuda_memory import DeviceMemory, Pinned, load_weights, pinned_size
 from edgellm.executor.cuda_programs import (
+    HISTORY,
     MOST_ROWS,
     Lowering,
     Program,
@@ -48,6 +49,7 @@ from edgellm.executor.cuda_programs import (
 )
 from edgellm.executor.cuda_steps import NOBODY, SAMPLED_LAST, StepBuffers, pieces_of
 from edgellm.executor.sampler import Sampled, Sampler
+from edgellm.kernels.adjust import adjustments_state, adjusts
 from edgellm.kernels.attention_shape import CacheKind, rope_table
 from edgellm.kernels.rows import WANTS_TOKEN
 from edgellm.kernels.sample import CHOSEN, SAMPLED, SAMPLING, chooses_on_device, sampling_state
@@ -60,11 +62,14 @@ from edgellm.sampling import SamplingParams
 
 PIPELINE_DEPTH: Final = 2
 SMALLEST_CHUNK: Final = 2
-"""A prompt's single tokens go through the decode kernels, which sum in another order."""
+"""A prompt's single tokens go through the decode kernels, which sum in another order. Pieces of different
+buckets may still differ in the last bits."""
 STEP_LIMIT_S: Final = 30.0
-"""A step that takes longer hangs: no step of a bucket takes a hundredth of it."""
+"""No step takes a hundredth of it."""
 _NAP_S: Final = 50e-6
-"""Between looks at a step that is about to end."""
+_LONGEST_NAP_S: Final = 1e-3
+_NAP_SHARE: Final = 0.1
+"""Between two looks at a step: a tenth of what it was waited for, so that it is not noticed late by more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +119,8 @@ class _Slot:
         index: of the next token to be sampled.
         on_device: whether the device can sample for its request.
         token: sampled last, if the host did it; None: the device knows.
+        adjusted: whether the device changes its logits first. What it counts, it counts alone: once the host
+            has sampled for such a request, it does so to the end.
         behind: whether the device's count of sampled tokens lacks some that the host has sampled.
         held: tokens in the cache.
     """
@@ -121,6 +128,7 @@ class _Slot:
     index: int = 0
     on_device: bool = True
     token: int | None = None
+    adjusted: bool = False
     behind: bool = False
     held: int = 0
 
@@ -138,6 +146,7 @@ class _Loaded:
     prefill: dict[int, _Graph]
     ring: list[tuple[StepBuffers, Any]]
     sampling: NDArray[Any]
+    adjustments: NDArray[Any]
     handles: list[Any] = field(default_factory=list)
 
 
@@ -167,6 +176,7 @@ class CudaExecutor:
         max_num_tokens: tokens that a step may feed.
         kv_cache: what the caches hold.
         dependent_launch: whether kernels may start before the one in front has ended, where the device can.
+        step_limit_s: a step that takes longer hangs.
         open_driver: opens the device.
     """
 
@@ -180,12 +190,14 @@ class CudaExecutor:
         max_num_tokens: int,
         kv_cache: CacheKind = "fp16",
         dependent_launch: bool = True,
+        step_limit_s: float = STEP_LIMIT_S,
         open_driver: Callable[[], Driver] = Driver,
     ) -> None:
         self._directory = directory
         self._spec = spec
         self._shape = Shape(max_batch_size, max_seq_len, max_num_tokens)
         self._kv_cache: CacheKind = kv_cache
+        self._step_limit_s = step_limit_s
         self._open_driver = open_driver
         self._dependent_launch = dependent_launch
         kv_heads, layers = spec.num_key_value_heads, spec.num_hidden_layers
@@ -203,7 +215,6 @@ class CudaExecutor:
         self._slots = [_Slot() for _ in range(max_batch_size)]
         self._open: collections.deque[_Open] = collections.deque()
         self._next_ticket = 0
-        self._step_s = 0.0
         self._thread = 0
         self._loaded: _Loaded | None = None
 
@@ -255,9 +266,15 @@ class CudaExecutor:
         self._attach()
         self._sampler.bind(slot, sampling, history)
         own = self._slots[slot]
-        own.index, own.on_device, own.token, own.behind = 0, chooses_on_device(sampling), None, False
-        state.sampling[slot] = sampling_state(sampling)
-        self._upload_sampling(slot)
+        adjusting = self._shape.max_seq_len <= HISTORY
+        own.index, own.token, own.behind = 0, None, False
+        own.on_device = chooses_on_device(sampling, adjusting=adjusting)
+        own.adjusted = own.on_device and adjusts(sampling)
+        state.sampling[slot] = sampling_state(sampling, adjusting=adjusting)
+        self._upload("sampling", state.sampling[slot : slot + 1], at=slot)
+        if own.adjusted:
+            state.adjustments[slot] = adjustments_state(state.lowering.adjustments, sampling, history)
+            self._upload("adjustments", state.adjustments[slot : slot + 1], at=slot)
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the KV of the first `length` tokens from one slot to another."""
@@ -312,7 +329,7 @@ class CudaExecutor:
             own = self._slots[row.slot]
             if own.behind and row.slot not in host:
                 state.sampling[row.slot]["index"] = own.index
-                self._upload_sampling(row.slot)
+                self._upload("sampling", state.sampling[row.slot : row.slot + 1], at=row.slot)
                 own.behind = False
         started = time.monotonic()
         for number in range(0, len(singles), MOST_ROWS):
@@ -336,6 +353,7 @@ class CudaExecutor:
                 own.index += 1
                 own.token = None
                 own.behind = own.behind or row.slot in host
+                own.on_device = own.on_device and not (own.adjusted and row.slot in host)
         at = [places[row.slot] for row in wanted]
         self._open.append(_Open(self._next_ticket, buffers, wanted, by_host, at, step.mask, event, started))
         return self._next_ticket
@@ -427,8 +445,11 @@ class CudaExecutor:
         )
         pinned = Pinned(
             driver,
-            PIPELINE_DEPTH * StepBuffers.size(*sizes) + pinned_size((shape.max_batch_size,), SAMPLING),
+            PIPELINE_DEPTH * StepBuffers.size(*sizes)
+            + pinned_size((shape.max_batch_size,), SAMPLING)
+            + pinned_size((shape.max_batch_size,), lowering.adjustments.dtype),
         )
+        adjustments = pinned.take((shape.max_batch_size,), lowering.adjustments.dtype)
         ring = [(StepBuffers(pinned, *sizes), driver.event()) for _ in range(PIPELINE_DEPTH)]
         staged = pinned.take((shape.max_batch_size,), SAMPLING)
         memory.clear(stream, keep=("weights",))
@@ -464,7 +485,9 @@ class CudaExecutor:
             for size, program in programs_of_kind.items():
                 progress("graphs", sum(map(len, graphs.values())) / len(programs))
                 graphs[kind][size] = capture(program)
-        self._loaded = _Loaded(driver, stream, memory, pinned, lowering, graphs[0], graphs[1], ring, staged)
+        self._loaded = _Loaded(
+            driver, stream, memory, pinned, lowering, graphs[0], graphs[1], ring, staged, adjustments
+        )
         self._warm_up(progress)
 
     def _warm_up(self, progress: Progress) -> None:
@@ -538,17 +561,11 @@ class CudaExecutor:
         if any(row.want is not Want.NONE for row in rows):
             self._download(graph, first, len(rows), buffers, hosted)
 
-    def _upload_sampling(self, slot: int) -> None:
+    def _upload(self, name: str, array: NDArray[Any], *, at: int = 0) -> None:
+        """Send an array to a lasting buffer, to the place of the `at`-th like it."""
         state = self._device_state
-        target = state.memory.at("sampling") + slot * SAMPLING.itemsize
-        staged = state.sampling[slot : slot + 1]
-        state.driver.call("cuMemcpyHtoDAsync", target, staged.ctypes.data, SAMPLING.itemsize, state.stream)
-
-    def _upload(self, name: str, array: NDArray[Any]) -> None:
-        state = self._device_state
-        state.driver.call(
-            "cuMemcpyHtoDAsync", state.memory.at(name), array.ctypes.data, array.nbytes, state.stream
-        )
+        target = state.memory.at(name) + at * array.nbytes
+        state.driver.call("cuMemcpyHtoDAsync", target, array.ctypes.data, array.nbytes, state.stream)
 
     def _download(
         self, graph: _Graph, first: int, count: int, buffers: StepBuffers, hosted: Sequence[int]
@@ -635,16 +652,12 @@ class CudaExecutor:
         Raises:
             DeviceLost: the device failed, or the step hangs.
         """
-        driver = self._device_state.driver
-        # Most of a long step is slept through at once.
-        rest = flight.started + 0.7 * self._step_s - time.monotonic()
-        if rest > 2e-3 and not driver.done(flight.event):
-            time.sleep(min(rest, 0.1))
+        driver, begun = self._device_state.driver, time.monotonic()
         while not driver.done(flight.event):
-            if time.monotonic() - flight.started > STEP_LIMIT_S:
-                raise DeviceLost(f"a step has not ended after {STEP_LIMIT_S:.0f} s; the device hangs")
-            time.sleep(_NAP_S)
-        self._step_s = time.monotonic() - flight.started
+            now = time.monotonic()
+            if now - flight.started > self._step_limit_s:
+                raise DeviceLost(f"a step has not ended after {self._step_limit_s:.0f} s; the device hangs")
+            time.sleep(min(max(_NAP_S, (now - begun) * _NAP_SHARE), _LONGEST_NAP_S))
 
     def _check(self, step: Step) -> None:
         """The scheduler keeps to these; what a client sends never gets here unchecked."""

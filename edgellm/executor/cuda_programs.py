@@ -4,7 +4,8 @@ Buffers of two kinds. Lasting ones keep something between steps: weights, caches
 sampling parameters, what the host uploads, counters. All others live from the first launch that names them to
 the last; programs never run at the same time, so they share one piece of memory.
 
-    decode    embed → [qkv · attention · output · gate and up · down] × layers → head → sample
+    decode    embed → [qkv · attention · output · gate and up · down] × layers → head → sample;
+              of a mixture of experts [… · norm · router · route · gate and up · down · combine]
     prefill   embed → [norm · qkv · rotate, append · attention · output · norm · gate and up · down] × layers
               → head → sample; after the last attention the last token's row alone, as decode does it
 """
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from edgellm.cuda.launch import At, Device, Kernel, Launch
+from edgellm.kernels.adjust import AdjustmentsShape, adjust
 from edgellm.kernels.attention_decode import decode_attention
 from edgellm.kernels.attention_decode import decode_workspace as attention_workspace
 from edgellm.kernels.attention_prefill import prefill_attention, rope_and_append
@@ -24,11 +26,20 @@ from edgellm.kernels.elementwise import embed_chunk, embed_rows, last_row, rms_n
 from edgellm.kernels.gemm import prefill_linear, prefill_workspace
 from edgellm.kernels.linear import BUCKETS, Epilogue, decode_linear, decode_workspace
 from edgellm.kernels.linear import Norm as FusedNorm
+from edgellm.kernels.moe import (
+    MixtureShape,
+    MixtureWeights,
+    Tokens,
+    chunk_mixture,
+    mixture_workspace,
+    router_workspace,
+    row_mixture,
+)
 from edgellm.kernels.rows import CHUNK, ROW
 from edgellm.kernels.sample import SAMPLED, SAMPLING, sample, sample_workspace
 from edgellm.memory.arena import Buffer, Placement, aligned, place
 from edgellm.memory.plan import Shape
-from edgellm.model.network import Layer, Linear, Network, Norm
+from edgellm.model.network import Layer, Linear, Mixture, Network, Norm
 from edgellm.model.spec import ModelSpec
 
 ChunkEpilogue = Literal["store", "residual", "swiglu"]
@@ -36,6 +47,9 @@ ChunkEpilogue = Literal["store", "residual", "swiglu"]
 MOST_ROWS: Final = BUCKETS[-1]
 """Of a decode program; more rows are several."""
 SMALLEST_PREFILL: Final = 16
+HISTORY: Final = 8192
+"""Distinct tokens of a slot that the device can penalise; in longer slots penalties are the host's. One
+number for all engines, so that their kernels do not depend on how long a slot is."""
 MOST_TOKENS: Final = 2048
 """Of a prefill program; longer pieces are several."""
 
@@ -102,6 +116,7 @@ class Lowering:
         self._device = device
         self._weights = weights
         self._weights_bytes = weights_bytes
+        self.adjustments = AdjustmentsShape(spec.vocab_size, HISTORY)
         capacity = -(-shape.max_seq_len // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE
         self._attention = [
             AttentionShape(
@@ -145,6 +160,7 @@ class Lowering:
             "chunk": CHUNK.itemsize + prefill_buckets(shape)[-1] * 4,
             "last_token": shape.max_batch_size * 4,
             "sampling": shape.max_batch_size * SAMPLING.itemsize,
+            "adjustments": shape.max_batch_size * self.adjustments.dtype.itemsize,
             "results": rows * SAMPLED.itemsize,
             "linear_workspace": self._linear_workspace,
             "prefill_workspace": self._prefill_workspace,
@@ -171,6 +187,8 @@ class Lowering:
 
     def _sizes(self, rows: int) -> dict[str, int]:
         spec, attention = self._spec, self.attention
+        mixtures = [layer.mlp for layer in self._network.layers if isinstance(layer.mlp, Mixture)]
+        mixture = max((self._mixture_bytes(each, rows) for each in mixtures), default=0)
         inner = max(layer.mlp.gate_up.shape.outputs for layer in self._network.layers)
         heads = attention.heads * attention.head_size
         return {
@@ -180,6 +198,7 @@ class Lowering:
             "qkv": rows * attention.qkv_width * 2,
             "attended": rows * heads * 2,
             "inner": rows * inner * 2,
+            "mixture": mixture,
             "last_residual": spec.hidden_size * 4,
             "last_attended": heads * 2,
             "logits": min(rows, MOST_ROWS) * spec.vocab_size * 4,
@@ -231,7 +250,7 @@ class Lowering:
                 out=attended,
                 workspace=At("attention_workspace"),
             )
-            yield from self._after_attention(index, rows, attended, residual)
+            yield from self._after_attention(index, rows, attended, residual, At("rows"))
         yield from self._end(rows, residual, At("rows"))
 
     def _prefill(self, tokens: int) -> Iterator[Launch]:
@@ -248,9 +267,8 @@ class Lowering:
             out=residual,
         )
         for index, layer in enumerate(network.layers):
-            qkv, attended, inner = (At(f"{name}.{index}") for name in ("qkv", "attended", "inner"))
-            normed, normed_again = At(f"normed.{index}"), At(f"normed.{index}.mlp")
-            yield from self._norm(layer.attention_norm, tokens, normed)
+            qkv, attended, normed = (At(f"{name}.{index}") for name in ("qkv", "attended", "normed"))
+            yield from self._norm(layer.attention_norm, tokens, residual, normed, chunk)
             yield from self._chunk_linear(layer.qkv, tokens, normed, "store", qkv)
             attention, cache = self._attention[index], self.cache(index)
             yield from rope_and_append(
@@ -273,9 +291,7 @@ class Lowering:
             if index == len(network.layers) - 1:
                 break
             yield from self._chunk_linear(layer.output, tokens, attended, "residual", residual)
-            yield from self._norm(layer.mlp_norm, tokens, normed_again)
-            yield from self._chunk_linear(layer.mlp.gate_up, tokens, normed_again, "swiglu", inner)
-            yield from self._chunk_linear(layer.mlp.down, tokens, inner, "residual", residual)
+            yield from self._chunk_mlp(index, tokens, residual)
         # Nothing after the last attention looks at other tokens.
         index = len(network.layers) - 1
         yield from last_row(
@@ -287,23 +303,84 @@ class Lowering:
             x_out=At("last_residual"),
             h_out=At("last_attended"),
         )
-        yield from self._after_attention(index, 1, At("last_attended"), At("last_residual"))
+        yield from self._after_attention(index, 1, At("last_attended"), At("last_residual"), chunk)
         yield from self._end(1, At("last_residual"), chunk)
 
-    def _after_attention(self, index: int, rows: int, attended: At, residual: At) -> Iterator[Launch]:
+    def _after_attention(
+        self, index: int, rows: int, attended: At, residual: At, rows_at: At
+    ) -> Iterator[Launch]:
         """The output projection and the MLP, of decode rows."""
         layer, inner = self._network.layers[index], At(f"inner.{index}")
         yield from self._row_linear(layer.output, rows, attended, residual, epilogue="residual")
+        if isinstance(layer.mlp, Mixture):
+            normed = At(f"normed.{index}.mlp")
+            yield from self._norm(layer.mlp_norm, rows, residual, normed, None)
+            shape = _mixture_shape(layer.mlp)
+            size = router_workspace(shape, rows, self._device, chunk=False)
+            self._linear_workspace = max(self._linear_workspace, size)
+            yield from row_mixture(
+                shape,
+                Tokens(rows, rows_at=rows_at),
+                device=self._device,
+                x=normed,
+                weights=self._mixture_weights(layer.mlp),
+                residual=residual,
+                squares=At("squares"),
+                workspace=At(f"mixture.{index}"),
+                linear_workspace=At("linear_workspace") if size else None,
+            )
+            return
         yield from self._row_linear(
             layer.mlp.gate_up, rows, residual, inner, norm=layer.mlp_norm, epilogue="swiglu"
         )
         yield from self._row_linear(layer.mlp.down, rows, inner, residual, epilogue="residual")
+
+    def _chunk_mlp(self, index: int, tokens: int, residual: At) -> Iterator[Launch]:
+        """The MLP of a chunk."""
+        layer, normed, inner = self._network.layers[index], At(f"normed.{index}.mlp"), At(f"inner.{index}")
+        yield from self._norm(layer.mlp_norm, tokens, residual, normed, At("chunk"))
+        if not isinstance(layer.mlp, Mixture):
+            yield from self._chunk_linear(layer.mlp.gate_up, tokens, normed, "swiglu", inner)
+            yield from self._chunk_linear(layer.mlp.down, tokens, inner, "residual", residual)
+            return
+        shape = _mixture_shape(layer.mlp)
+        size = router_workspace(shape, tokens, self._device, chunk=True)
+        self._prefill_workspace = max(self._prefill_workspace, size)
+        yield from chunk_mixture(
+            shape,
+            tokens,
+            device=self._device,
+            chunk=At("chunk"),
+            x=normed,
+            weights=self._mixture_weights(layer.mlp),
+            residual=residual,
+            workspace=At(f"mixture.{index}"),
+            linear_workspace=At("prefill_workspace") if size else None,
+        )
+
+    def _mixture_weights(self, mixture: Mixture) -> MixtureWeights:
+        parts = (mixture.router, mixture.gate_up, mixture.down)
+        return MixtureWeights(*(self._tensor(part.weights) for part in parts))
+
+    def _mixture_bytes(self, mixture: Mixture, rows: int) -> int:
+        shape = _mixture_shape(mixture)
+        # After the last attention a chunk is one row.
+        return max(mixture_workspace(shape, count, self._device) for count in (1, rows))
 
     def _end(self, rows: int, residual: At, rows_at: At) -> Iterator[Launch]:
         """The head, and a token of its logits."""
         network = self._network
         yield from self._row_linear(
             network.head, rows, residual, At("logits"), norm=network.norm, epilogue="logits"
+        )
+        yield from adjust(
+            self.adjustments,
+            rows=rows,
+            rows_at=rows_at,
+            sampling=At("sampling"),
+            adjustments=At("adjustments"),
+            last_token=At("last_token"),
+            logits=At("logits"),
         )
         yield from sample(
             self._spec.vocab_size,
@@ -354,15 +431,15 @@ class Lowering:
             workspace=At("prefill_workspace") if size else None,
         )
 
-    def _norm(self, norm: Norm, tokens: int, out: At) -> Iterator[Launch]:
+    def _norm(self, norm: Norm, rows: int, x: At, out: At, chunk: At | None) -> Iterator[Launch]:
         yield from rms_norm(
             self._spec.hidden_size,
-            rows=tokens,
-            x=At("residual"),
+            rows=rows,
+            x=x,
             gain=self._tensor(norm.gain),
             epsilon=norm.epsilon,
             out=out,
-            chunk=At("chunk"),
+            chunk=chunk,
         )
 
     def _head_norms(self, layer: Layer) -> HeadNorms:
@@ -374,6 +451,16 @@ class Lowering:
 
     def _optional(self, name: str | None) -> At | None:
         return None if name is None else self._tensor(name)
+
+
+def _mixture_shape(mixture: Mixture) -> MixtureShape:
+    return MixtureShape(
+        mixture.top_k,
+        mixture.normalize,
+        mixture.router.shape,
+        mixture.gate_up.shape,
+        mixture.down.shape,
+    )
 
 
 def _kind(buffer: str) -> str:

@@ -7,7 +7,7 @@
 #include "packed.cuh"
 #include "rows.cuh"
 
-enum Epilogue { STORE = 0, RESIDUAL = 1, SWIGLU = 2 };
+enum Epilogue { STORE = 0, RESIDUAL = 1, SWIGLU = 2, LOGITS = 3 };
 
 constexpr int STEP = 64;  // columns at a time
 
@@ -24,7 +24,7 @@ template <int BITS, int GROUP, int ZERO, int ROW_BLOCKS, int TOKENS> struct Stag
 DEVICE int swizzled(int token, int piece) { return token * 8 + (piece ^ ((token & 1) << 2 | (token >> 1 & 3))); }
 
 // x: float16 [tokens, K]; bias: float32 [16 · row_blocks] or null
-// out: STORE, SWIGLU float16 [tokens, outputs]; RESIDUAL adds to float32 [tokens, outputs]
+// out: STORE, SWIGLU float16 [tokens, outputs]; LOGITS float32 [tokens, outputs]; RESIDUAL adds to it
 // Tokens past the chunk's count: tiles without others are left alone, in mixed ones they get what comes out.
 template <int BITS, int GROUP, int ZERO, int K, int ROW_BLOCKS, int TOKENS, int WARPS_R, int WARPS_T, int EPILOGUE,
           int STAGES>
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(WARPS_R * WARPS_T * 32, WARPS_R * WARPS_T > 4 
       }
     }
   }
-  if constexpr (EPILOGUE == RESIDUAL) {
+  if constexpr (EPILOGUE == RESIDUAL || EPILOGUE == LOGITS) {
     // Eight lanes have eight neighbours of a token: whole sectors of float32.
 #pragma unroll
     for (int r = 0; r < RB; r++)
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(WARPS_R * WARPS_T * 32, WARPS_R * WARPS_T > 4 
           const int row = (row_block0 + warp_r * RB + r) * ROW_BLOCK + g + i / 2 * 8;
           if (token < tokens && row < outputs) {
             float* const at = (float*)out + (u64)token * outputs + row;
-            *at = load_l2(at) + acc[r][tile][i];
+            *at = EPILOGUE == LOGITS ? acc[r][tile][i] : load_l2(at) + acc[r][tile][i];
           }
         }
   } else {

@@ -11,8 +11,8 @@ from edgellm.errors import BuildError
 from edgellm.kernels.linear import BUCKETS, ZERO_NAMES, decode_linear, decode_workspace
 from edgellm.kernels.packing import ROW_BLOCK, PackedShape
 
-Epilogue = Literal["store", "residual", "swiglu"]
-"""`store`: float16 y; `residual`: added to float32; `swiglu`: float16 silu(gate) · up."""
+Epilogue = Literal["store", "residual", "swiglu", "logits"]
+"""`store`: float16 y; `residual`: added to float32; `swiglu`: float16 silu(gate) · up; `logits`: float32."""
 
 _SOURCE: Final = "gemm.cu"
 _STEP: Final = 64

@@ -17,6 +17,7 @@ struct Sampling {
 constexpr u32 GREEDY = 1;
 constexpr u32 LOGPROB = 2;
 constexpr u32 ON_HOST = 4;  // the host chooses: nothing of the slot's state changes
+constexpr u32 ADJUSTED = 8;  // something is changed of the logits first
 
 // A row's result.
 struct Sampled {
@@ -40,5 +41,3 @@ DEVICE double philox_uniform(u32 seed_low, u32 seed_high, u32 index) {
   }
   return (double(c0 >> 5) * 67108864. + double(c1 >> 6)) * (1. / 9007199254740992.);
 }
-
-#define INFINITE __int_as_float(0x7f800000)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm.cuda.launch import At, Kernel, Launch
+from edgellm.kernels.adjust import adjusts, can_adjust
 from edgellm.sampling import SamplingParams
 
 SAMPLING: Final = np.dtype(
@@ -32,7 +33,9 @@ SAMPLING: Final = np.dtype(
 GREEDY: Final = 1
 LOGPROB: Final = 2
 ON_HOST: Final = 4
-"""In `flags`: the most likely token is taken; its log-probability is wanted; the host chooses."""
+ADJUSTED: Final = 8
+"""In `flags`: the most likely token is taken; its log-probability is wanted; the host chooses; the logits are
+changed first (see `adjust.py`)."""
 
 SAMPLED: Final = np.dtype([("token", "<i4"), ("status", "<i4"), ("logprob", "<f4"), ("index", "<u4")])
 """A row's result: `token` is −1 where none was chosen, `logprob` NaN where it is not asked for, `index` says
@@ -54,24 +57,39 @@ _MAX_INVERSE_TEMPERATURE: Final = 1e30
 """As the host's sampler has it."""
 
 
-def chooses_on_device(params: SamplingParams) -> bool:
-    """Whether nothing adjusts the logits and no other token's log-probability is asked for.
+def chooses_on_device(params: SamplingParams, *, adjusting: bool = False) -> bool:
+    """Whether the device can do all that the request asks for.
 
-    Penalties, biases, min_tokens and top_logprobs remain for the host; so do masks, which come with a step.
+    The host's are top_logprobs, log-probabilities of adjusted requests, which are those of the logits as they
+    came, and masks, which come with a step.
+
+    Args:
+        adjusting: whether `adjust.adjust` comes before; without it whatever changes logits is the host's.
     """
-    adjusted = params.counts_tokens or params.logit_bias or (params.min_tokens and params.suppressed)
-    return not adjusted and not (params.logprobs and params.top_logprobs)
+    if params.logprobs and params.top_logprobs:
+        return False
+    if not adjusts(params):
+        return True
+    return adjusting and can_adjust(params) and not params.logprobs
 
 
-def sampling_state(params: SamplingParams) -> NDArray[np.void]:
-    """What a slot that is bound to a new request starts with: one `SAMPLING`, index 0."""
+def sampling_state(params: SamplingParams, *, adjusting: bool = False) -> NDArray[np.void]:
+    """What a slot that is bound to a new request starts with: one `SAMPLING`, index 0.
+
+    Args:
+        adjusting: see `chooses_on_device`.
+    """
     state = np.zeros((), SAMPLING)
     state["top_p"], state["min_p"], state["top_k"] = params.top_p, params.min_p, params.top_k
     if not params.greedy:
         state["inverse_temperature"] = min(1.0 / params.temperature, _MAX_INVERSE_TEMPERATURE)
     state["seed_low"], state["seed_high"] = params.seed & 0xFFFFFFFF, params.seed >> 32
     flags = (GREEDY * params.greedy) | (LOGPROB * params.logprobs)
-    state["flags"] = flags | (ON_HOST * (not chooses_on_device(params)))
+    if not chooses_on_device(params, adjusting=adjusting):
+        flags |= ON_HOST
+    elif adjusts(params):
+        flags |= ADJUSTED
+    state["flags"] = flags
     return state
 
 

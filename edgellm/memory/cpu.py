@@ -28,7 +28,7 @@ PROCESS_LIBRARIES: Final = 45_000_000
 """Pages of shared libraries that are touched on the way to READY."""
 THREAD: Final = 300_000
 """One more thread of ONNX Runtime: stack, allocator arena, scratch."""
-TOKENIZER_LOADING: Final = 500
+TOKENIZER_LOADING: Final = 630
 """The same while tokenizer.json is parsed."""
 NODE: Final = 7_000
 """What ONNX Runtime holds for a node of the graph."""

@@ -7,7 +7,7 @@ from typing import Final
 from edgellm.memory.plan import Line, Shape
 from edgellm.model.spec import ModelSpec
 
-TOKENIZER_PER_TOKEN: Final = 270
+TOKENIZER_PER_TOKEN: Final = 305
 """`tokenizers`' two maps of the vocabulary, its merges, and our table of their bytes, per token."""
 SERVING: Final = 12_000_000
 """The first thousands of requests: allocator arenas that fill, CPython's free lists, libzmq's buffers."""

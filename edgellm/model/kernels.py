@@ -9,7 +9,7 @@ behind it. What is launched, and how it is cut, is decided on the device: `execu
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from edgellm.checkpoint.base import Checkpoint
 from edgellm.engine_config import BuildConfig
-from edgellm.errors import BuildError
 from edgellm.executor.base import Progress
 from edgellm.kernels.elementwise import table_of, table_rows
+from edgellm.kernels.moe import require_mixture
 from edgellm.kernels.packing import pack, pack_bias, packed_shape
 from edgellm.model.decoder import Attention, Expert, build_decoder, require_context
 from edgellm.model.network import (
@@ -29,6 +29,7 @@ from edgellm.model.network import (
     Embedding,
     Layer,
     Linear,
+    Mixture,
     Mlp,
     Network,
     Norm,
@@ -159,20 +160,9 @@ class KernelGraph:
         if draft.output is None:
             draft.output = self._linear(f"{here}.output", [weight], [bias])
             return Value()
-        assert draft.attention and draft.mlp_norm and draft.gate_up, "the layer has another order"
+        assert draft.gate_up, "the layer has another order"
         down = self._linear(f"{here}.down", [weight], [bias])
-        self._layers.append(
-            Layer(
-                attention_norm=draft.attention_norm,
-                qkv=draft.qkv,
-                attention=draft.attention,
-                output=draft.output,
-                mlp_norm=draft.mlp_norm,
-                mlp=Mlp(gate_up=draft.gate_up, down=down),
-            )
-        )
-        self._draft = None
-        return Value()
+        return self._end_layer(Mlp(gate_up=draft.gate_up, down=down))
 
     def swiglu(self, x: Value, gate: Weight, up: Weight, biases: Sequence[Weight | None]) -> Value:
         assert self._draft is not None
@@ -192,9 +182,20 @@ class KernelGraph:
         normalize: bool,
         residual: Value,
     ) -> Value:
-        raise BuildError(
-            f"{router.name}: the CUDA executor has no mixtures of experts yet; build with --executor cpu"
+        assert self._draft is not None
+        self._draft.mlp_norm = x.norm
+        here = f"layers.{len(self._layers)}"
+        mixture = Mixture(
+            top_k=top_k,
+            normalize=normalize,
+            router=self._linear(f"{here}.router", [router], [None]),
+            gate_up=self._experts(
+                f"{here}.experts.gate_up", [[expert.gate, expert.up] for expert in experts], swiglu=True
+            ),
+            down=self._experts(f"{here}.experts.down", [[expert.down] for expert in experts]),
         )
+        require_mixture(mixture.router.shape.n, top_k, router.name)
+        return self._end_layer(mixture)
 
     def rows(self, x: Value) -> Value:
         return x
@@ -204,6 +205,34 @@ class KernelGraph:
         self._norm = x.norm
         self._head = self._linear("head", [weight], [None])
         return Value()
+
+    def _end_layer(self, mlp: Mlp | Mixture) -> Value:
+        draft = self._draft
+        assert draft and draft.attention and draft.output and draft.mlp_norm, "the layer has another order"
+        self._layers.append(
+            Layer(
+                attention_norm=draft.attention_norm,
+                qkv=draft.qkv,
+                attention=draft.attention,
+                output=draft.output,
+                mlp_norm=draft.mlp_norm,
+                mlp=mlp,
+            )
+        )
+        self._draft = None
+        return Value()
+
+    def _experts(self, name: str, experts: Sequence[Sequence[Weight]], *, swiglu: bool = False) -> Linear:
+        """All experts' parts, packed alike: in the narrowest form that holds every one of them."""
+        rows = sum(part.shape[0] for part in experts[0])
+        together = packed_shape([part for expert in experts for part in expert])
+        shape = replace(together, n=rows, swiglu=swiglu)
+        self._add(
+            name,
+            shape.nbytes * len(experts),
+            lambda: (piece for parts in experts for piece in pack(parts, shape)),
+        )
+        return Linear(shape=shape, weights=name)
 
     def _linear(
         self, name: str, weights: Sequence[Weight], biases: Sequence[Weight | None], *, swiglu: bool = False

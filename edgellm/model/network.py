@@ -56,9 +56,20 @@ class AttentionPart(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     k_gain: str | None = None
 
 
-class Mlp(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Mlp(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="mlp"):
     """The gated MLP: gate and up interleaved, then down."""
 
+    gate_up: Linear
+    down: Linear
+
+
+class Mixture(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="mixture"):
+    """A mixture of experts. The shapes of `gate_up` and `down` are one expert's; their tensors hold all, one
+    behind the other."""
+
+    top_k: int
+    normalize: bool
+    router: Linear
     gate_up: Linear
     down: Linear
 
@@ -71,7 +82,7 @@ class Layer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     attention: AttentionPart
     output: Linear
     mlp_norm: Norm
-    mlp: Mlp
+    mlp: Mlp | Mixture
 
 
 class Network(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -35,6 +35,7 @@ class TrtNetwork:
 
     Attributes:
         half: TensorRT's type of weights and activations.
+        dtype: numpy's name for it.
         arrays: constant's name → what TensorRT reads; 4-bit integers two in a byte, the first one low.
         weight_bytes: of all constants.
     """
@@ -43,6 +44,7 @@ class TrtNetwork:
         self.api = api
         self.trt = api.module
         self.half = self.trt.float16 if compute == "fp16" else self.trt.float32
+        self.dtype = np.dtype(np.float16 if compute == "fp16" else np.float32)
         self.network = network
         self.arrays: dict[str, NDArray[Any]] = {}
         self._constants: dict[str, Tensor] = {}
@@ -71,26 +73,31 @@ class TrtNetwork:
         return self._constants[name]
 
     def weight(self, name: str, array: NDArray[np.floating]) -> Tensor:
-        """A constant of the weights' type.
+        """A constant of the weights' type; an array that has it already is taken as it is.
 
         Raises:
             BuildError: a value has no float16.
         """
-        if self.half == self.trt.float32:
-            return self.constant(name, array.astype(np.float32))
-        if name not in self._constants and not np.abs(array).max() <= LARGEST_HALF:
-            raise BuildError(f"{name} has values beyond float16's range; use `--executor cpu` for this model")
-        return self.constant(name, array.astype(np.float16))
+        if name in self._constants or array.dtype == self.dtype:
+            return self.constant(name, array)
+        return self.constant(name, self.rounded(name, array))
 
-    def int4(self, name: str, values: NDArray[np.int8]) -> Tensor:
-        """A matrix of 4-bit integers, −8 … 7."""
+    def rounded(self, name: str, array: NDArray[np.floating]) -> NDArray[np.floating]:
+        """The numbers in the weights' type.
+
+        Raises:
+            BuildError: a value of `name` has no float16.
+        """
+        if self.dtype == np.float16 and array.size and not np.abs(array).max() <= LARGEST_HALF:
+            raise BuildError(f"{name} has values beyond float16's range; use `--executor cpu` for this model")
+        return array.astype(self.dtype)
+
+    def int4(self, name: str, shape: tuple[int, int], packed: NDArray[np.uint8]) -> Tensor:
+        """A matrix of 4-bit integers, −8 … 7, row after row, two in a byte, the first one low."""
         if name not in self._constants:
-            nibbles = np.ascontiguousarray(values).reshape(-1).view(np.uint8) & 15
-            packed = nibbles[0::2] | nibbles[1::2] << 4
             self.arrays[name] = packed
-            weights = self.trt.Weights(self.trt.int4, packed.ctypes.data, values.size)
-            layer = self.network.add_constant(values.shape, weights)
-            self._constants[name] = self._named(layer, name)
+            weights = self.trt.Weights(self.trt.int4, packed.ctypes.data, shape[0] * shape[1])
+            self._constants[name] = self._named(self.network.add_constant(shape, weights), name)
         return self._constants[name]
 
     def dequantize(self, name: str, q: Tensor, scale: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from tiny_networks import NETWORKS, SHAPE, build
 
 from edgellm.cuda.driver import Driver
 from edgellm.errors import DeviceError, DeviceLost, EngineError, ExecutorFault, TemporaryShortage
-from edgellm.executor import cuda
 from edgellm.executor.base import FEEDBACK, Feedback, Result, Row, Step, Ticket, Want
 from edgellm.executor.cuda import CudaExecutor
 from edgellm.executor.sampler import Sampler
@@ -28,6 +27,16 @@ VOCAB = NETWORKS["llama"].vocab_size
 GREEDY = SamplingParams(temperature=0.0)
 RANDOM = SamplingParams(temperature=1.3, top_k=60, seed=1234567890123)
 BY_HOST = SamplingParams(temperature=1.0, seed=5, frequency_penalty=0.7, logprobs=True, top_logprobs=2)
+PENALISED = SamplingParams(
+    temperature=1.1,
+    seed=77,
+    repetition_penalty=1.3,
+    frequency_penalty=0.5,
+    presence_penalty=0.2,
+    logit_bias={3: 4.0, 200: -2.0},
+    min_tokens=3,
+    suppressed=(2, 9),
+)
 NOTHING = np.zeros(0, np.int32)
 
 
@@ -38,13 +47,14 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def make(engine: Path, device: FakeDevice) -> CudaExecutor:
+def make(engine: Path, device: FakeDevice, step_limit_s: float = 30.0) -> CudaExecutor:
     return CudaExecutor(
         engine,
         NETWORKS["llama"],
         max_batch_size=SHAPE.max_batch_size,
         max_seq_len=SHAPE.max_seq_len,
         max_num_tokens=SHAPE.max_num_tokens,
+        step_limit_s=step_limit_s,
         open_driver=lambda: Driver(api=device),
     )
 
@@ -107,7 +117,13 @@ def bind(executor: CudaExecutor, params: list[SamplingParams]) -> Expected:
 
 
 @pytest.mark.parametrize(
-    "params", [[GREEDY, RANDOM, GREEDY], [RANDOM, BY_HOST, GREEDY], [BY_HOST, BY_HOST, BY_HOST]]
+    "params",
+    [
+        [GREEDY, RANDOM, GREEDY],
+        [RANDOM, BY_HOST, GREEDY],
+        [BY_HOST, BY_HOST, BY_HOST],
+        [PENALISED, RANDOM, PENALISED],
+    ],
 )
 def test_tokens_are_those_of_the_hosts_sampler(executor: CudaExecutor, params: list[SamplingParams]) -> None:
     expected = bind(executor, params)
@@ -134,6 +150,16 @@ def test_a_slots_choice_does_not_depend_on_who_makes_it(executor: CudaExecutor) 
     assert np.array_equal(results[2].logits[0], logits_of(expected.texts[0][:4], VOCAB))
     assert not results[2].logits[1].any()
     assert results[1].logits is None
+
+
+def test_the_host_goes_on_with_a_penalised_request_that_it_has_sampled_for(executor: CudaExecutor) -> None:
+    expected = bind(executor, [PENALISED, GREEDY])
+    steps = [Step([row(0, 0, [1, 2]), row(1, 0, [3])])]
+    for n in range(9):
+        want = Want.LOGITS if n == 4 else Want.TOKEN
+        steps.append(Step([row(0, 2 + n, FEEDBACK, want), row(1, 1 + n, FEEDBACK)]))
+    for step, result in zip(steps, run(executor, steps), strict=True):
+        assert result.token.tolist() == expected.step(list(step.rows))
 
 
 def test_log_probabilities_and_alternatives(executor: CudaExecutor) -> None:
@@ -238,12 +264,11 @@ def test_a_lost_device_is_told_and_close_still_ends(
     executor.close()
 
 
-def test_a_step_that_hangs_is_a_lost_device(
-    executor: CudaExecutor, device: FakeDevice, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_that_hangs_is_a_lost_device(engine: Path, device: FakeDevice) -> None:
+    executor = make(engine, device, step_limit_s=0.05)
+    executor.load(lambda _what, _done: None)
     bind(executor, [GREEDY])
     device.fails["cuEventQuery"] = Status.CUDA_ERROR_NOT_READY
-    monkeypatch.setattr(cuda, "STEP_LIMIT_S", 0.05)
     with pytest.raises(DeviceLost, match="the device hangs"):
         run(executor, [Step([row(0, 0, [1, 2])])])
 

@@ -6,21 +6,27 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from compiled import DEVICES, assert_fits, compile_for
 from safetensors.numpy import load_file
 from tiny_networks import NETWORKS, build, lowering
 
+from edgellm.checkpoint.random import Quant, RandomCheckpoint
 from edgellm.cuda.launch import At, Device
 from edgellm.errors import BuildError, EngineError
 from edgellm.executor.cuda_programs import Program, decode_buckets, kernels_of, prefill_buckets
 from edgellm.kernels.packing import pack, packed_shape
 from edgellm.memory.plan import Shape
-from edgellm.model.network import LAYOUT_VERSION, read_network
+from edgellm.model.decoder import Expert, build_decoder
+from edgellm.model.kernels import KernelGraph
+from edgellm.model.network import LAYOUT_VERSION, Mixture, read_network
+from edgellm.model.spec import Mixture as SpecMixture
 from edgellm.model.weights_file import PAGE, read_weights_header
 
 KINDS = ("decode", "prefill")
+PARTS = ("gate", "up", "down")
 
 
 def places(program: Program, buffer: str) -> Counter[int]:
@@ -121,10 +127,11 @@ def test_the_file_is_safetensors_and_holds_what_was_packed(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("sm", [87, 90])
-def test_all_kernels_of_a_network_compile_and_fit(sm: int, tmp_path: Path) -> None:
-    build("llama", "int4", tmp_path)
+@pytest.mark.parametrize("network", ["llama", "qwen3moe"])
+def test_all_kernels_of_a_network_compile_and_fit(network: str, sm: int, tmp_path: Path) -> None:
+    build(network, "int4", tmp_path)
     device = next(each for each in DEVICES.values() if each.sm == sm)
-    made = lowering(tmp_path, "llama", device=device)
+    made = lowering(tmp_path, network, device=device)
     assert_fits(compile_for(kernels_of([made.decode(1), made.prefill(16)]), sm), device)
 
 
@@ -160,10 +167,43 @@ def test_another_layout_and_damage_are_refused_with_what_to_do(tmp_path: Path) -
             read_weights_header(weights)
 
 
-def test_a_mixture_of_experts_is_refused_by_name(tmp_path: Path) -> None:
-    from edgellm.checkpoint.random import random_checkpoint
-    from edgellm.model.decoder import build_decoder
-    from edgellm.model.kernels import KernelGraph
+def test_experts_lie_one_behind_the_other_and_are_packed_alike(tmp_path: Path) -> None:
+    checkpoint = build("qwen3moe", "int4", tmp_path)
+    tensors = load_file(tmp_path / "weights.safetensors")
+    mixture = read_network(tmp_path / "network.json").layers[1].mlp
+    assert isinstance(mixture, Mixture) and (mixture.top_k, mixture.normalize) == (2, True)
+    for linear, parts, swiglu in ((mixture.gate_up, ("gate", "up"), True), (mixture.down, ("down",), False)):
+        held = tensors[linear.weights]
+        for expert in range(6):
+            weights = [checkpoint.tensor(f"layers.1.mlp.experts.{expert}.{part}_proj") for part in parts]
+            assert packed_shape(weights, swiglu=swiglu) == linear.shape
+            expected = np.concatenate(list(pack(weights, linear.shape)))
+            assert np.array_equal(held[expert * len(expected) :][: len(expected)], expected)
 
-    with pytest.raises(BuildError, match=r"layers\.0\.mlp\.gate: .*mixtures of experts.*--executor cpu"):
-        build_decoder(KernelGraph(), random_checkpoint("qwen3-30b-a3b", "int4"))
+
+def test_experts_of_different_kinds_take_the_form_that_holds_all() -> None:
+    """One of 8 bits, in smaller groups than the others' 4: exactly, both."""
+
+    def expert(number: int, quant: Quant) -> Expert:
+        spec = NETWORKS["qwen3moe"]
+        there = RandomCheckpoint(spec, "tiny", quant, number)
+        return Expert(*(there.tensor(f"layers.0.mlp.experts.{number}.{part}_proj") for part in PARTS))
+
+    experts = [expert(0, "int4"), expert(1, "int8"), expert(2, "int4")]
+    graph = KernelGraph()
+    made = graph._experts("experts", [[each.gate, each.up] for each in experts], swiglu=True)
+    assert (made.shape.n, made.shape.bits, made.shape.swiglu) == (128, 8, True)
+    (entry,) = graph.entries
+    packed = np.concatenate(list(entry.pieces()))
+    assert len(packed) == entry.bytes == 3 * made.shape.nbytes
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(513, 8), (64, 33)])
+def test_a_mixture_beyond_the_kernels_is_refused_by_name(experts: int, top_k: int) -> None:
+    spec = msgspec.structs.replace(
+        NETWORKS["qwen3moe"], moe=SpecMixture(num_experts=experts, top_k=top_k), num_hidden_layers=1
+    )
+    checkpoint = RandomCheckpoint(spec, "wide", "fp16")
+    message = rf"layers\.0\.mlp\.gate has {experts} experts, {top_k} for a token; .* --executor cpu"
+    with pytest.raises(BuildError, match=message):
+        build_decoder(KernelGraph(), checkpoint)

@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgellm.cuda.launch import At, Launch
+from edgellm.kernels.adjust import (
+    BIASES,
+    SUPPRESSED,
+    AdjustmentsShape,
+    adjust,
+    adjustments_state,
+    can_adjust,
+)
 from edgellm.kernels.sample import (
+    ADJUSTED,
     GREEDY,
     LOGPROB,
     ON_HOST,
@@ -70,6 +79,42 @@ def test_flags_say_who_chooses(values: dict[str, Any], flags: int) -> None:
     assert chooses_on_device(params) == (not flags & ON_HOST)
 
 
+@pytest.mark.parametrize(
+    ("values", "flags"),
+    [
+        ({"temperature": 0.0, "repetition_penalty": 1.1}, GREEDY | ADJUSTED),
+        ({"logit_bias": {3: 1.0}}, ADJUSTED),
+        ({"logit_bias": {3: 1.0}, "logprobs": True}, LOGPROB | ON_HOST),
+        ({"min_tokens": 2, "suppressed": (1,)}, ADJUSTED),
+        ({"min_tokens": 2, "suppressed": tuple(range(SUPPRESSED + 1))}, ON_HOST),
+        ({"logit_bias": dict.fromkeys(range(BIASES + 1), 0.5)}, ON_HOST),
+        ({"suppressed": (1, 2)}, 0),
+    ],
+)
+def test_flags_of_what_the_device_can_adjust(values: dict[str, Any], flags: int) -> None:
+    params = SamplingParams(**values)
+    assert int(sampling_state(params, adjusting=True)["flags"]) == flags
+    assert can_adjust(params) or flags & ON_HOST
+
+
+def test_a_slots_adjustments_hold_what_the_request_says() -> None:
+    shape = AdjustmentsShape(1000, 16)
+    params = SamplingParams(
+        logit_bias={7: -1e300, 5: 2.5}, presence_penalty=0.5, min_tokens=4, suppressed=(9, 8)
+    )
+    state = adjustments_state(shape, params, np.array([3, 3, 1], np.int32))
+    assert state["bias_ids"][:3].tolist() == [7, 5, 0]
+    assert state["bias"][:2].tolist() == [np.float32(-1e30), 2.5]
+    assert (int(state["biases"]), int(state["suppressed"]), int(state["min_tokens"])) == (2, 2, 4)
+    assert state["history"][: int(state["seen"])].tolist() == [(1, 1), (3, 1)]
+    # The header, then arrays in the struct's order, all of four bytes.
+    assert shape.dtype.itemsize == 4 * (8 + 2 * BIASES + SUPPRESSED + 2 * 16)
+    with pytest.raises(ValueError, match="more biases"):
+        adjustments_state(
+            shape, SamplingParams(logit_bias=dict.fromkeys(range(BIASES + 1), 0.5)), np.zeros(1, np.int32)
+        )
+
+
 @given(st.integers(1, 300_000), st.integers(1, 16))
 def test_every_logit_is_in_a_segment_and_every_segment_has_a_warp(vocab: int, rows: int) -> None:
     summarise, choose = launches(vocab, rows)
@@ -83,5 +128,15 @@ def test_every_logit_is_in_a_segment_and_every_segment_has_a_warp(vocab: int, ro
 @pytest.mark.parametrize("name", ["a100", "rtx3090", "agx orin", "h100"])
 def test_kernels_fit_without_spilling(name: str) -> None:
     device = DEVICES[name]
-    kernels = [kernel for vocab in (50, 49152, 151936, 262144) for kernel in kernels_of(launches(vocab))]
+    changed = adjust(
+        AdjustmentsShape(151936, 4096),
+        rows=4,
+        rows_at=AT,
+        sampling=AT,
+        adjustments=AT,
+        last_token=AT,
+        logits=AT,
+    )
+    vocabularies = (50, 49152, 151936, 262144)
+    kernels = kernels_of([*changed, *(launch for vocab in vocabularies for launch in launches(vocab))])
     assert_fits(compile_for(kernels, device.sm), device)

@@ -17,7 +17,10 @@ from tiny_llama import TINY, TinyLlama
 from trt_models import MAX_SEQ_LEN, InterpretedModel, emitted, trt_api
 
 from edgellm.checkpoint import Checkpoint, open_checkpoint
+from edgellm.checkpoint.random import Quant, RandomCheckpoint
 from edgellm.errors import BuildError
+from edgellm.model import weights
+from edgellm.model.spec import ModelSpec
 from edgellm.tensorrt.api import Api
 
 pytestmark = pytest.mark.tensorrt
@@ -107,6 +110,24 @@ def test_an_awq_network_computes_the_formula(group: int, tmp_path: Path) -> None
     _assert_computes(open_checkpoint(path))
 
 
+@pytest.mark.parametrize("quant", ["int4", "int8", "fp16"])
+def test_an_odd_vocabulary(quant: Quant) -> None:
+    spec = ModelSpec(
+        architecture="Qwen3ForCausalLM",
+        vocab_size=97,
+        hidden_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_size=64,
+        intermediate_size=192,
+        norm_epsilon=1e-6,
+        max_position_embeddings=64,
+        qk_layernorm=True,
+    )
+    _assert_computes(RandomCheckpoint(spec, name="odd", quant=quant))
+
+
 def test_an_act_order_network_gathers_the_columns(tmp_path: Path) -> None:
     config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": True}
 
@@ -140,14 +161,31 @@ def test_four_bit_weights_stay_four_bits(tmp_path: Path) -> None:
     tiny = replace(WIDE, hidden=256, inner=512, heads=4, kv_heads=2)
     checkpoint = open_checkpoint(tiny.write_gguf(tmp_path / "tiny.gguf", "Q4_1", "Q8_0"))
     net = emitted(checkpoint, trt_api())
-    weights = [checkpoint.tensor(f"layers.{i}.mlp.{part}_proj") for i in range(2) for part in ("up", "down")]
-    elements = sum(weight.shape[0] * weight.shape[1] for weight in weights)
+    matrices = [checkpoint.tensor(f"layers.{i}.mlp.{part}_proj") for i in range(2) for part in ("up", "down")]
+    elements = sum(weight.shape[0] * weight.shape[1] for weight in matrices)
     emitted_bytes = sum(
         array.nbytes for name, array in net.arrays.items() if name.startswith(("gate_up", "linear"))
     )
     # Gate is as large as up, o is 256 × 256: 4 bits, and 4 bytes of scale and rest for 32 of them.
     elements += elements // 2 + 2 * 256 * 256
     assert emitted_bytes == elements * (4 + 32 / 32) / 8
+
+
+@pytest.mark.parametrize(("linear", "embedding"), [("Q4_1", "Q8_0"), ("Q8_0", "Q4_0"), ("F16", "F32")])
+@pytest.mark.parametrize("size", [1, 3 * 192, 8 * 192], ids=["a row", "odd", "even"])
+def test_weights_are_read_in_pieces_and_give_the_same_constants(
+    linear: str, embedding: str, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(TIED.write_gguf(tmp_path / "tiny.gguf", linear, embedding))
+    whole = emitted(checkpoint, trt_api())
+    monkeypatch.setattr(weights, "BLOCK_BYTES", size)
+    monkeypatch.setattr(weights, "BLOCK_ROWS", 2**30)
+    widest = max(len(checkpoint.tensor(name).blocks()) for name in ("embed_tokens", "norm"))
+    assert widest > 10
+    pieces = emitted(checkpoint, trt_api())
+    assert pieces.arrays.keys() == whole.arrays.keys()
+    for name, array in whole.arrays.items():
+        assert np.array_equal(pieces.arrays[name], array), name
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])

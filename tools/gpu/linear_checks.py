@@ -273,7 +273,7 @@ def prefill_launches(
         x=At("x"),
         weights=At("weights"),
         bias=None if matrix.bias is None else At("bias"),
-        epilogue=case.epilogue,  # type: ignore[arg-type]
+        epilogue=case.epilogue,
         out=At("out"),
         workspace=At("workspace"),
         tile=tile,

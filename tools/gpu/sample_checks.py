@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from runner import Runner
 
-from edgellm.cuda.launch import At
+from edgellm.cuda.launch import At, Launch
 from edgellm.executor.philox import uniform
 from edgellm.executor.sampler import Sampler
+from edgellm.kernels.adjust import AdjustmentsShape, adjust, adjustments_state
 from edgellm.kernels.rows import ROW, WANTS_TOKEN
 from edgellm.kernels.sample import (
     CHOSEN,
@@ -33,7 +34,7 @@ from edgellm.sampling import SamplingParams
 
 Array = NDArray[Any]
 
-VOCABULARIES: Final = (50, 4099, 49152, 151936)
+VOCABULARIES: Final = (50, 1000, 4099, 49152, 151936)
 BORDER: Final = 2e-5
 """How near to a border u must be where the two differ, as a share of all probability that is kept."""
 
@@ -74,20 +75,22 @@ def logits_of(rng: np.random.Generator, kind: str, rows: int, vocab: int) -> NDA
 class Batch:
     """Rows with their slots' state, run on the device."""
 
-    def __init__(self, runner: Runner, params: list[SamplingParams], vocab: int) -> None:
-        self._harness, self._vocab = runner, vocab
+    def __init__(
+        self, runner: Runner, params: list[SamplingParams], vocab: int, *, adjusting: bool = False
+    ) -> None:
+        self._runner, self._vocab = runner, vocab
         self.rows = np.zeros(len(params), ROW)
         # Slots are not in the rows' order.
         self.rows["slot"], self.rows["flags"] = np.arange(len(params))[::-1], WANTS_TOKEN
         self.sampling = np.zeros(len(params), SAMPLING)
         for row, each in zip(self.rows, params, strict=True):
-            self.sampling[row["slot"]] = sampling_state(each)
+            self.sampling[row["slot"]] = sampling_state(each, adjusting=adjusting)
         self.last = np.full(len(params), -7, "<i4")
 
-    def run(self, logits: NDArray[np.float32]) -> Array:
-        """One step; gives the rows' results and advances the slots."""
+    def arrays(self, logits: NDArray[np.float32]) -> dict[str, Array]:
+        """Buffers by name."""
         count = len(self.rows)
-        arrays = {
+        return {
             "rows": self.rows,
             "sampling": self.sampling,
             "logits": logits,
@@ -95,9 +98,12 @@ class Batch:
             "results": np.full(count, -1, SAMPLED),
             "workspace": np.full(sample_workspace(self._vocab, rows=count), 0xFF, np.uint8),
         }
-        launches = sample(
+
+    def launches(self) -> list[Launch]:
+        """Sampling over buffers of these names."""
+        return sample(
             self._vocab,
-            rows=count,
+            rows=len(self.rows),
             rows_at=At("rows"),
             sampling=At("sampling"),
             logits=At("logits"),
@@ -105,10 +111,15 @@ class Batch:
             results=At("results"),
             workspace=At("workspace"),
         )
-        after = self._harness.run(launches, arrays)
+
+    def take(self, after: dict[str, Array]) -> dict[str, Array]:
+        """Go on from what a step left."""
         self.sampling, self.last = after["sampling"], after["last"]
-        results: Array = after["results"]
-        return results
+        return after
+
+    def run(self, logits: NDArray[np.float32]) -> Array:
+        """One step; gives the rows' results and advances the slots."""
+        return self.take(self._runner.run(self.launches(), self.arrays(logits)))["results"]
 
 
 def distance_to_border(
@@ -176,6 +187,54 @@ def check_against_host(runner: Runner, rng: np.random.Generator) -> Iterator[tup
             yield line + f"log {off:.1e} {'ok' if good else 'FAIL'}", good
 
 
+ADJUSTED: Final = (
+    {"temperature": 0.0, "repetition_penalty": 1.3},
+    {"temperature": 0.8, "repetition_penalty": 0.7, "presence_penalty": 0.5, "top_p": 0.9},
+    {"temperature": 1.0, "frequency_penalty": 0.9, "top_k": 20},
+    {"temperature": 0.0, "frequency_penalty": 3.0, "presence_penalty": -1.0},
+    {"temperature": 1.0, "logit_bias": {3: 9.0, 7: -1e38, 11: 4.0}},
+    {"temperature": 0.0, "logit_bias": {5: 1e38}, "min_tokens": 3, "suppressed": (5, 9)},
+    {"temperature": 1.0, "min_tokens": 2, "suppressed": (1, 2, 3), "presence_penalty": 2.0},
+    {"temperature": 0.7, "top_p": 0.9},
+)
+
+
+def check_adjusted(runner: Runner, rng: np.random.Generator) -> Iterator[tuple[str, bool]]:
+    """Biases, tokens that may not come yet and penalties over a dozen steps, beside the host's sampler."""
+    for vocab, peak in ((50, 0.0), (4099, 9.0), (151936, 9.0)):
+        params = [
+            SamplingParams(seed=int(rng.integers(0, 2**64, dtype=np.uint64)), **each) for each in ADJUSTED
+        ]
+        count, shape = len(params), AdjustmentsShape(vocab, 64)
+        batch, host = Batch(runner, params, vocab, adjusting=True), Sampler(count, vocab, max_seq_len=64)
+        adjustments = np.zeros(count, shape.dtype)
+        for row, each in enumerate(params):
+            prompt = rng.integers(0, min(vocab, 60), 30).astype(np.int32)
+            host.bind(row, each, prompt)
+            adjustments[batch.rows["slot"][row]] = adjustments_state(shape, each, prompt)
+        differ, worst, good = 0, 0.0, True
+        for step in range(12):
+            logits = logits_of(rng, "model", count, vocab)
+            # The same few tokens are likely, so that they come again.
+            logits[:, : min(vocab, 40)] += np.float32(peak)
+            arrays = batch.arrays(logits) | {"adjustments": adjustments}
+            places = {name: At(name) for name in ("sampling", "adjustments", "logits")}
+            first = adjust(shape, rows=count, rows_at=At("rows"), last_token=At("last"), **places)
+            after = batch.take(runner.run([*first, *batch.launches()], arrays))
+            adjustments, got = after["adjustments"], after["results"]
+            wanted = host.sample(range(count), logits)
+            good &= bool((got["status"] == CHOSEN).all() and (got["index"] == step).all())
+            for row, each in enumerate(params):
+                a, b = int(got["token"][row]), int(wanted.token[row])
+                if a != b:
+                    differ += 1
+                    worst = max(worst, distance_to_border(after["logits"][row], each, step, {a, b}))
+                    good &= worst <= BORDER and each.temperature > 0
+            if differ:  # from here on the two have seen different tokens
+                break
+        yield f"adjusted of {vocab}: {differ} differ by {worst:.1e} {'ok' if good else 'FAIL'}", good
+
+
 def check_distribution(runner: Runner, rng: np.random.Generator) -> Iterator[tuple[str, bool]]:
     """Many seeds on one row: a chi-squared test of how often each token comes."""
     vocab, rows, steps = 300, 512, 40
@@ -236,24 +295,7 @@ def bench(runner: Runner) -> Iterator[str]:
         for each in (PARAMS[0], PARAMS[2], PARAMS[4], PARAMS[5], PARAMS[7], PARAMS[8], PARAMS[9], PARAMS[10]):
             params = [SamplingParams(seed=i, **each) for i in range(rows)]  # type: ignore[arg-type]
             batch = Batch(runner, params, vocab)
-            arrays = {
-                "rows": batch.rows,
-                "sampling": batch.sampling,
-                "logits": logits_of(rng, "peaked", rows, vocab),
-                "last": batch.last,
-                "results": np.zeros(rows, SAMPLED),
-                "workspace": np.zeros(sample_workspace(vocab, rows=rows), np.uint8),
-            }
-            launches = sample(
-                vocab,
-                rows=rows,
-                rows_at=At("rows"),
-                sampling=At("sampling"),
-                logits=At("logits"),
-                last_token=At("last"),
-                results=At("results"),
-                workspace=At("workspace"),
-            )
+            arrays, launches = batch.arrays(logits_of(rng, "peaked", rows, vocab)), batch.launches()
             with runner.buffers(arrays):
                 us = runner.time(launches * 10) / 10
                 first = runner.time(launches[:1] * 10) / 10
@@ -269,7 +311,7 @@ def main() -> int:
     runner = Runner()
     rng = np.random.default_rng(arguments.seed)
     failed = checked = 0
-    for check in (check_status, check_against_host, check_distribution):
+    for check in (check_status, check_against_host, check_adjusted, check_distribution):
         for line, good in check(runner, rng):
             print(line, flush=True)
             checked += 1

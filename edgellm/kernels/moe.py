@@ -1,0 +1,409 @@
+"""Mixtures of experts: launches of `moe.cu` between a router's linear and the residual.
+
+Weights of active experts alone are read, each once for all rows that chose the expert, up to `Cuts.most` of
+them. Who is active shows on the device only, so a fixed grid parts whatever work there is:
+
+    router (linear.cu or gemm.cu) → route → experts: gate and up → experts: down → combine
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from edgellm.cuda.launch import At, Device, Kernel, Launch
+from edgellm.errors import BuildError
+from edgellm.kernels.gemm import prefill_linear, prefill_workspace
+from edgellm.kernels.linear import BUCKETS, ZERO_NAMES, decode_linear, decode_workspace
+from edgellm.kernels.packing import PackedShape
+
+MOST_EXPERTS: Final = 512
+MOST_TOP_K: Final = 32
+PIECE: Final = 512
+"""Tokens of a chunk that go through the experts together: what is found for each of their pairs is kept."""
+
+_SOURCE: Final = "moe.cu"
+_STAGES_LEAST: Final = 4
+_STAGES_MOST: Final = 16
+_SHARED_GOAL: Final = 128 << 10
+_ROUTE_WARPS: Final = 32
+_GROUP_BYTES: Final = 16
+_COMBINE_THREADS: Final = 128
+_ALIGNMENT: Final = 256
+
+
+def require_mixture(experts: int, top_k: int, name: str) -> None:
+    """Refuse what no kernel does.
+
+    Raises:
+        BuildError: too many experts, or too many of them for a token; `name` is their router's.
+    """
+    if experts > MOST_EXPERTS or top_k > MOST_TOP_K:
+        raise BuildError(
+            f"{name} has {experts} experts, {top_k} for a token; the CUDA executor does at most "
+            f"{MOST_EXPERTS} and {MOST_TOP_K}: build with --executor cpu"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MixtureShape:
+    """A layer's mixture of experts.
+
+    Attributes:
+        top_k: experts that a row goes through.
+        normalize: their shares are divided by their sum.
+        router: of the linear that scores, one row for each expert.
+        gate_up, down: of every expert alike; experts lie one behind the other, each `nbytes`.
+    """
+
+    top_k: int
+    normalize: bool
+    router: PackedShape
+    gate_up: PackedShape
+    down: PackedShape
+
+    @property
+    def experts(self) -> int:
+        """How many there are."""
+        return self.router.n
+
+    @property
+    def hidden(self) -> int:
+        """Width of the residual."""
+        return self.router.k
+
+
+@dataclass(frozen=True, slots=True)
+class MixtureWeights:
+    """Where a mixture's packed weights lie."""
+
+    router: At
+    gate_up: At
+    down: At
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Which rows there are: of a decode step, those of `rows_at` whose slot is not below 0; of a chunk, from
+    its token `first` on, those before its end.
+
+    Attributes:
+        rows: the bucket.
+        rows_at: an array of ROW, or
+        chunk: a CHUNK.
+    """
+
+    rows: int
+    rows_at: At | None = None
+    chunk: At | None = None
+    first: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How an experts' linear is cut.
+
+    Attributes:
+        blocks: that part all row blocks of all groups evenly.
+        warps: of a block.
+        stages: panels under way for each warp.
+        most: rows of a group.
+    """
+
+    blocks: int
+    warps: int
+    stages: int
+    most: int
+
+
+class Places(NamedTuple):
+    """Offsets in the workspace, and its size."""
+
+    scores: int
+    groups: int
+    pair_rows: int
+    positions: int
+    shares: int
+    inner: int
+    found: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cuts:
+    """Of both linears, which share their groups."""
+
+    gate_up: Tuning
+    down: Tuning
+
+    def __post_init__(self) -> None:
+        if self.gate_up.most != self.down.most:
+            raise ValueError(f"groups of {self.gate_up.most} and of {self.down.most} rows in one mixture")
+
+    @property
+    def most(self) -> int:
+        """Rows of a group."""
+        return self.gate_up.most
+
+
+def row_mixture(
+    mixture: MixtureShape,
+    tokens: Tokens,
+    *,
+    device: Device,
+    x: At,
+    weights: MixtureWeights,
+    residual: At,
+    squares: At | None,
+    workspace: At,
+    linear_workspace: At | None,
+    cuts: Cuts | None = None,
+) -> list[Launch]:
+    """residual += the mixture of x, for 1 to 16 rows.
+
+    Args:
+        x: float16 [rows, hidden], normalised.
+        residual: float32 [rows, hidden].
+        squares: float32 [rows, hidden / 16], as the next linear's norm wants them.
+        workspace: `mixture_workspace` bytes, of any content.
+        linear_workspace: `router_workspace` bytes, as `decode_linear` wants it.
+        cuts: instead of `tuned`.
+    """
+    places = places_of(mixture, tokens.rows, device, cuts)
+    scored = decode_linear(
+        mixture.router,
+        rows=tokens.rows,
+        device=device,
+        x=x,
+        norm=None,
+        weights=weights.router,
+        bias=None,
+        epilogue="logits",
+        out=workspace + places.scores,
+        workspace=linear_workspace,
+    )
+    rest = _after_scores(
+        mixture,
+        tokens,
+        device=device,
+        x=x,
+        weights=weights,
+        residual=residual,
+        squares=squares,
+        workspace=workspace,
+        cuts=cuts,
+    )
+    return [*scored, *rest]
+
+
+def chunk_mixture(
+    mixture: MixtureShape,
+    tokens: int,
+    *,
+    device: Device,
+    chunk: At,
+    x: At,
+    weights: MixtureWeights,
+    residual: At,
+    workspace: At,
+    linear_workspace: At | None,
+    cuts: Cuts | None = None,
+) -> list[Launch]:
+    """residual += the mixture of x, for a chunk's bucket of tokens; `Args` as of `row_mixture`."""
+    launches: list[Launch] = []
+    for first in range(0, tokens, PIECE):
+        piece = Tokens(min(PIECE, tokens - first), chunk=chunk, first=first)
+        here = x + first * mixture.hidden * 2
+        places = places_of(mixture, piece.rows, device, cuts)
+        launches += prefill_linear(
+            mixture.router,
+            tokens=piece.rows,
+            device=device,
+            chunk=chunk,
+            x=here,
+            weights=weights.router,
+            bias=None,
+            epilogue="logits",
+            out=workspace + places.scores,
+            workspace=linear_workspace,
+        )
+        there = residual + first * mixture.hidden * 4
+        launches += _after_scores(
+            mixture,
+            piece,
+            device=device,
+            x=here,
+            weights=weights,
+            residual=there,
+            squares=None,
+            workspace=workspace,
+            cuts=cuts,
+        )
+    return launches
+
+
+def mixture_workspace(mixture: MixtureShape, tokens: int, device: Device) -> int:
+    """Bytes that the launches for a bucket need between them."""
+    return places_of(mixture, min(tokens, PIECE), device).size
+
+
+def router_workspace(mixture: MixtureShape, tokens: int, device: Device, *, chunk: bool) -> int:
+    """Bytes that the router's linear needs of a workspace; 0: none."""
+    if chunk:
+        return prefill_workspace(mixture.router, min(tokens, PIECE), device)
+    return decode_workspace(mixture.router, tokens, device)
+
+
+def places_of(mixture: MixtureShape, rows: int, device: Device, cuts: Cuts | None = None) -> Places:
+    """What lies where in the workspace."""
+    most = (cuts or tuned(mixture, rows=rows, device=device)).most
+    pairs = rows * mixture.top_k
+    sizes = (
+        rows * mixture.experts * 4,
+        (1 + groups_most(mixture, rows, most)) * _GROUP_BYTES,
+        pairs * 4,
+        pairs * 4,
+        pairs * 4,
+        pairs * mixture.gate_up.outputs * 2,
+        pairs * mixture.hidden * 4,
+    )
+    offsets = [0]
+    for size in sizes:
+        offsets.append(offsets[-1] - -size // _ALIGNMENT * _ALIGNMENT)
+    return Places(*offsets)
+
+
+def groups_most(mixture: MixtureShape, rows: int, most: int) -> int:
+    """Groups that rows can make: one for each active expert, more for those with more than `most` rows."""
+    pairs = rows * mixture.top_k
+    return min(mixture.experts, pairs) + pairs // most
+
+
+def tuned(mixture: MixtureShape, *, rows: int, device: Device) -> Cuts:
+    """The cuts of both linears for a bucket and a device.
+
+    Raises:
+        BuildError: not even one row fits into the device's shared memory.
+    """
+    most = min(BUCKETS[-1], rows)
+    while most:
+        cuts = [_cut(shape, most, device) for shape in (mixture.gate_up, mixture.down)]
+        if cuts[0] and cuts[1]:
+            return Cuts(cuts[0], cuts[1])
+        most //= 2
+    widest = max(mixture.gate_up.k, mixture.down.k)
+    raise BuildError(
+        f"experts of {widest} columns need more than the {device.shared_per_block} bytes of shared memory "
+        "that a block has on this device"
+    )
+
+
+def _cut(shape: PackedShape, most: int, device: Device) -> Tuning | None:
+    for warps in (8, 4):
+        fixed = shared_bytes(shape, Tuning(0, warps, 0, most))
+        least = fixed + warps * _STAGES_LEAST * shape.panel_bytes
+        if least <= device.shared_per_block:
+            room = max(min(_SHARED_GOAL, device.shared_per_block), least) - fixed
+            stages = min(room // (warps * shape.panel_bytes), _STAGES_MOST)
+            return Tuning(device.multiprocessors, warps, stages, most)
+    return None
+
+
+def shared_bytes(shape: PackedShape, cut: Tuning) -> int:
+    """Dynamic shared memory of a block of `experts`: `Layout` in moe.cu."""
+    size = cut.warps * cut.stages * shape.panel_bytes + cut.most * (shape.k + 32) * 2
+    if shape.bits < 16:
+        size += shape.k // shape.group * max(2, cut.most) * 4
+    return size
+
+
+def items_of(row_blocks: int, groups: int, cut: Tuning, block: int, warp: int) -> Iterator[tuple[int, int]]:
+    """(group, row block) of each item that a warp of a block multiplies, as the kernel has it: for tests."""
+    items = groups * row_blocks
+    begin, end = items * block // cut.blocks, items * (block + 1) // cut.blocks
+    for group in range(begin // row_blocks, groups):
+        first = max(begin, group * row_blocks)
+        for item in range(first + warp, min(end, (group + 1) * row_blocks), cut.warps):
+            yield group, item - group * row_blocks
+
+
+def _after_scores(
+    mixture: MixtureShape,
+    tokens: Tokens,
+    *,
+    device: Device,
+    x: At,
+    weights: MixtureWeights,
+    residual: At,
+    squares: At | None,
+    workspace: At,
+    cuts: Cuts | None,
+) -> Iterator[Launch]:
+    cuts = cuts or tuned(mixture, rows=tokens.rows, device=device)
+    places = places_of(mixture, tokens.rows, device, cuts)
+    groups, pair_rows = workspace + places.groups, workspace + places.pair_rows
+    inner, found = workspace + places.inner, workspace + places.found
+    yield _route(mixture, tokens, cuts.most, workspace, places)
+    for shape, cut, part, taken, given in (
+        (mixture.gate_up, cuts.gate_up, weights.gate_up, x, inner),
+        (mixture.down, cuts.down, weights.down, inner, found),
+    ):
+        yield Launch(
+            _experts(shape, cut),
+            (cut.blocks, 1, 1),
+            (groups, pair_rows, part, taken, given, shape.row_blocks, shape.outputs),
+        )
+    kernel = Kernel(_SOURCE, f"combine<{mixture.hidden}, {mixture.top_k}>", _COMBINE_THREADS)
+    yield Launch(
+        kernel,
+        (-(-mixture.hidden // (4 * _COMBINE_THREADS)), tokens.rows, 1),
+        (
+            tokens.rows_at,
+            tokens.chunk,
+            tokens.first,
+            workspace + places.positions,
+            workspace + places.shares,
+            found,
+            residual,
+            squares,
+        ),
+    )
+
+
+def _route(mixture: MixtureShape, tokens: Tokens, most: int, workspace: At, places: Places) -> Launch:
+    warps = max(-(-mixture.experts // 32), min(_ROUTE_WARPS, tokens.rows))
+    normalize = str(mixture.normalize).lower()
+    kernel = Kernel(
+        _SOURCE,
+        f"route<{mixture.experts}, {mixture.top_k}, {most}, {normalize}, {warps}>",
+        warps * 32,
+        (warps * mixture.experts + tokens.rows * mixture.top_k) * 2,
+    )
+    return Launch(
+        kernel,
+        (1, 1, 1),
+        (
+            tokens.rows_at,
+            tokens.chunk,
+            tokens.first,
+            tokens.rows,
+            workspace + places.scores,
+            workspace + places.groups,
+            workspace + places.pair_rows,
+            workspace + places.positions,
+            workspace + places.shares,
+        ),
+    )
+
+
+def _experts(shape: PackedShape, cut: Tuning) -> Kernel:
+    # Gate and up take a pair's row, down what they left for the pair.
+    epilogue, gathered = ("SWIGLU", "true") if shape.swiglu else ("PAIRS", "false")
+    weights = f"{shape.bits}, {shape.group}, {ZERO_NAMES[shape.zero]}, {shape.k}"
+    return Kernel(
+        _SOURCE,
+        f"experts<{weights}, {cut.most}, {epilogue}, {gathered}, {cut.warps}, {cut.stages}>",
+        cut.warps * 32,
+        shared_bytes(shape, cut),
+    )

@@ -1,0 +1,386 @@
+"""Mixtures of experts on a device: against float64, and how fast they are beside what memory can give.
+
+python tools/gpu/moe_checks.py [--bench]
+"""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import sys
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+from linear_checks import Case, random_weight
+from numpy.typing import NDArray
+from runner import Runner, poisoned
+
+from edgellm.cuda.launch import At, Device, Launch
+from edgellm.kernels.gemm import prefill_workspace
+from edgellm.kernels.linear import BUCKETS, COUNTERS_BYTES
+from edgellm.kernels.moe import (
+    Cuts,
+    MixtureShape,
+    MixtureWeights,
+    Tokens,
+    chunk_mixture,
+    mixture_workspace,
+    places_of,
+    row_mixture,
+    tuned,
+)
+from edgellm.kernels.packing import PackedShape, Zero, pack, packed_shape
+from edgellm.kernels.rows import CHUNK, ROW
+
+TOLERANCE: Final = 2e-3
+"""Relative to the norm of what the mixture adds: x and what is between the linears round to float16."""
+NEAR: Final = 1e-3
+"""Between two scores: which of them is chosen may depend on rounding."""
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A mixture to check.
+
+    Attributes:
+        name: of the model it is like.
+        experts, top_k, normalize: of its router.
+        hidden, inner: widths.
+        bits, group, zero: of its experts.
+    """
+
+    name: str
+    experts: int
+    top_k: int
+    normalize: bool
+    hidden: int
+    inner: int
+    bits: int
+    group: int
+    zero: Zero
+
+
+LAYERS: Final = (
+    Layer("Qwen3-30B-A3B, 16 experts", 16, 8, True, 2048, 768, 4, 128, "zero_point"),
+    Layer("128 narrow experts", 128, 8, True, 256, 128, 4, 64, "offset"),
+    Layer("Qwen1.5-MoE", 60, 4, False, 512, 192, 4, 32, "centred"),
+    Layer("Q6_K", 8, 2, True, 256, 64, 8, 16, "none"),
+    Layer("8 bits", 32, 6, True, 448, 320, 8, 64, "zero_point"),
+    Layer("dense", 9, 3, False, 192, 128, 16, 64, "none"),
+    Layer("one of two", 2, 1, True, 128, 64, 4, 16, "offset"),
+    Layer("500 experts", 500, 10, True, 128, 64, 4, 64, "zero_point"),
+)
+
+
+class Experts:
+    """A layer's weights: packed, and in float64."""
+
+    def __init__(self, rng: np.random.Generator, layer: Layer) -> None:
+        case = Case(layer.name, 0, 0, layer.bits, layer.group, layer.zero, "store", False)
+        wide = replace(case, n=layer.inner, k=layer.hidden)
+        dense = replace(case, n=layer.experts, k=layer.hidden, bits=16)
+        router = random_weight(rng, dense, "router")
+        self.router = router.dequantize().astype(np.float64)
+        self.gate: list[Array] = []
+        self.up: list[Array] = []
+        self.down: list[Array] = []
+        packed_up, packed_down = [], []
+        for _ in range(layer.experts):
+            gate, up = random_weight(rng, wide, "gate"), random_weight(rng, wide, "up")
+            down = random_weight(rng, replace(case, n=layer.hidden, k=layer.inner), "down")
+            shapes = packed_shape([gate, up], swiglu=True), packed_shape([down])
+            packed_up += list(pack([gate, up], shapes[0]))
+            packed_down += list(pack([down], shapes[1]))
+            for values, part in ((self.gate, gate), (self.up, up), (self.down, down)):
+                values.append(part.dequantize())
+        router_shape = packed_shape([router])
+        self.mixture = MixtureShape(layer.top_k, layer.normalize, router_shape, *shapes)
+        self.arrays = {
+            "router": np.concatenate(list(pack([router], router_shape))),
+            "gate_up": np.concatenate(packed_up),
+            "down": np.concatenate(packed_down),
+        }
+
+    def expected(self, x: Array, chosen: Array) -> Array:
+        """What the mixture adds, in float64, for experts [rows, top_k]."""
+        x = x.astype(np.float64)
+        scores = x @ self.router.T
+        p = np.exp(scores - scores.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        shares = np.take_along_axis(p, chosen, -1)
+        if self.mixture.normalize:
+            shares /= shares.sum(-1, keepdims=True)
+        y = np.zeros_like(x)
+        for expert in np.unique(chosen):
+            row, place = np.nonzero(chosen == expert)
+            gate, up = x[row] @ self.gate[expert].T, x[row] @ self.up[expert].T
+            y[row] += shares[row, place, None] * ((gate / (1 + np.exp(-gate)) * up) @ self.down[expert].T)
+        return y
+
+
+WEIGHTS: Final = MixtureWeights(At("router"), At("gate_up"), At("down"))
+
+
+def chosen_by(
+    got: dict[str, Any], mixture: MixtureShape, rows: int, device: Device, cuts: Cuts | None
+) -> Array:
+    """Experts [rows, top_k] as the groups have them; −1 where a row has none."""
+    places = places_of(mixture, rows, device, cuts)
+    raw = got["workspace"]
+    groups = raw[places.groups : places.pair_rows].view("<i4").reshape(-1, 4)
+    pairs = rows * mixture.top_k
+    positions = raw[places.positions :][: pairs * 4].view("<i4").reshape(rows, -1)
+    experts = np.full(pairs, -1)
+    count = int(groups[0, 2])
+    for expert, begin, size, _ in groups[1 : 1 + int(groups[0, 0])]:
+        assert (experts[begin : begin + size] == -1).all(), "groups overlap"
+        experts[begin : begin + size] = expert
+    assert (experts[:count] >= 0).all() and (experts[count:] < 0).all(), "groups leave pairs out"
+    inside = (positions >= 0) & (positions < count)
+    found: Array = np.where(inside, experts[np.where(inside, positions, 0)], -1)
+    return found
+
+
+def check(
+    runner: Runner, rng: np.random.Generator, layer: Layer, weights: Experts, tokens: int, *, chunk: bool
+) -> list[str]:
+    """What is wrong with one step of a layer; nothing, if all is well."""
+    mixture, device = weights.mixture, runner.device
+    what = f"{layer.name}, {'chunk of' if chunk else 'rows'} {tokens}"
+    count = int(rng.integers(1, tokens + 1)) if chunk else tokens
+    there = np.arange(tokens) < count if chunk else rng.random(tokens) < 0.75
+    if not chunk and not there.any():
+        there[0] = True
+    rows = np.zeros(tokens, ROW)
+    rows["slot"] = np.where(there, np.arange(tokens), -1)
+    x = rng.standard_normal((tokens, layer.hidden)).astype(np.float16)
+    x[~there] = np.nan
+    old = rng.standard_normal((tokens, layer.hidden)).astype(np.float32)
+    arrays: dict[str, Array] = {
+        **weights.arrays,
+        "x": x,
+        "rows": rows,
+        "chunk": np.array([(0, 0, count, 0)], CHUNK),
+        "residual": old,
+        "squares": poisoned((tokens, layer.hidden // 16), np.float32),
+        "workspace": poisoned((mixture_workspace(mixture, tokens, device),), np.uint8),
+        "linear_workspace": np.zeros(COUNTERS_BYTES + (1 << 20), np.uint8),
+    }
+    got = runner.run(_launches(mixture, device, tokens, chunk=chunk), arrays)
+    want, out = weights.expected(x[there], _best(weights, x[there])), got["residual"]
+    wrong = []
+    if not np.array_equal(out[~there], old[~there]):
+        wrong.append(f"{what}: rows that do not exist were written")
+    if tokens <= 512:
+        chosen = chosen_by(got, mixture, tokens, device, None)
+        if (chosen[~there] >= 0).any():
+            wrong.append(f"{what}: rows that do not exist have experts")
+        chosen = chosen[there]
+        if (chosen < 0).any() or any(len(set(row)) < mixture.top_k for row in chosen):
+            return [*wrong, f"{what}: a row has fewer than {mixture.top_k} experts"]
+        scores = x[there].astype(np.float64) @ weights.router.T
+        mine = np.sort(np.take_along_axis(scores, chosen, -1))
+        best = np.sort(scores)[:, -mixture.top_k :]
+        if not np.allclose(mine, best, atol=NEAR, rtol=0):
+            wrong.append(f"{what}: other experts are better")
+        want = weights.expected(x[there], chosen)
+    added = out[there].astype(np.float64) - old[there]
+    error = float(np.linalg.norm(added - want) / np.linalg.norm(want))
+    ERRORS.append(error)
+    if not error <= TOLERANCE:
+        wrong.append(f"{what}: error {error:.2e}")
+    if not chunk:
+        squares = (out[there].astype(np.float64) ** 2).reshape(there.sum(), -1, 16).sum(-1)
+        if not np.allclose(got["squares"][there], squares, rtol=1e-5):
+            wrong.append(f"{what}: sums of squares differ")
+    again = runner.run(_launches(mixture, device, tokens, chunk=chunk), arrays)
+    if not np.array_equal(again["residual"], out):
+        wrong.append(f"{what}: not the same a second time")
+    return wrong
+
+
+ERRORS: list[float] = []
+
+
+def _best(weights: Experts, x: Array) -> Array:
+    scores = x.astype(np.float64) @ weights.router.T
+    best: Array = np.argsort(-scores, axis=-1, kind="stable")[:, : weights.mixture.top_k]
+    return best
+
+
+def _launches(
+    mixture: MixtureShape,
+    device: Device,
+    tokens: int,
+    *,
+    chunk: bool,
+    copy: str = "",
+    cuts: Cuts | None = None,
+) -> list[Launch]:
+    x, residual, workspace = At(f"x{copy}"), At("residual"), At(f"workspace{copy}")
+    linear = At("linear_workspace")
+    if chunk:
+        assert prefill_workspace(mixture.router, tokens, device) <= COUNTERS_BYTES + (1 << 20)
+        return chunk_mixture(
+            mixture,
+            tokens,
+            device=device,
+            chunk=At("chunk"),
+            x=x,
+            weights=WEIGHTS,
+            residual=residual,
+            workspace=workspace,
+            linear_workspace=linear,
+            cuts=cuts,
+        )
+    return row_mixture(
+        mixture,
+        Tokens(tokens, rows_at=At("rows")),
+        device=device,
+        x=x,
+        weights=WEIGHTS,
+        residual=residual,
+        squares=At("squares"),
+        workspace=workspace,
+        linear_workspace=linear,
+        cuts=cuts,
+    )
+
+
+def checks(runner: Runner, seed: int) -> list[str]:
+    """Every layer in every bucket of rows and in some of tokens; what is wrong."""
+    rng = np.random.default_rng(seed)
+    made = [(layer, Experts(rng, layer)) for layer in LAYERS]
+    todo = [
+        (layer, weights, tokens, chunk)
+        for layer, weights in made
+        for chunk, buckets in ((False, BUCKETS), (True, (16, 128, 1024)))
+        for tokens in buckets
+    ]
+    runner.prepare(
+        launch
+        for _, weights, tokens, chunk in todo
+        for launch in _launches(weights.mixture, runner.device, tokens, chunk=chunk)
+    )
+    wrong: list[str] = []
+    for layer, weights, tokens, chunk in todo:
+        wrong += check(runner, rng, layer, weights, tokens, chunk=chunk)
+    return wrong
+
+
+COPIES: Final = 12
+"""Of a step over one layer's 128 experts, each with rows of its own: more bytes than any L2 holds."""
+
+
+def qwen3_30b(group: int) -> MixtureShape:
+    """A layer of Qwen3-30B-A3B in 4 bits."""
+    return MixtureShape(
+        8,
+        True,
+        PackedShape(128, 2048, 16, 64, "none"),
+        PackedShape(1536, 2048, 4, group, "zero_point", swiglu=True),
+        PackedShape(2048, 768, 4, group, "zero_point"),
+    )
+
+
+def bench(runner: Runner, group: int = 128, *, variants: bool = False) -> None:
+    """µs of one layer, by rows and by tokens."""
+    mixture = qwen3_30b(group)
+    rng = np.random.default_rng(0)
+    router = (rng.standard_normal((1, 128 * 2048)) * 0.02).astype(np.float16)
+    arrays: dict[str, Array] = {"router": router}
+    for name, shape in (("gate_up", mixture.gate_up), ("down", mixture.down)):
+        panels = rng.integers(0, 256, (shape.row_blocks * shape.panels, shape.panel_bytes), np.uint8)
+        # Scales and zero points that overflow nowhere.
+        panels[:, shape.number_bytes :].view("<u2")[:] = 0x1400
+        arrays[name] = np.tile(panels.reshape(-1), mixture.experts)
+    most = 2048
+    arrays["residual"] = np.zeros((most, 2048), np.float32)
+    arrays["squares"] = np.zeros((16, 128), np.float32)
+    arrays["linear_workspace"] = np.zeros(COUNTERS_BYTES + (1 << 20), np.uint8)
+    arrays["rows"] = np.zeros(16, ROW)
+    for copy in range(COPIES):
+        arrays[f"x{copy}"] = rng.standard_normal((most if copy == 0 else 16, 2048)).astype(np.float16)
+        size = max(
+            mixture_workspace(mixture, rows, runner.device) for rows in (16, most if copy == 0 else 16)
+        )
+        arrays[f"workspace{copy}"] = np.zeros(size, np.uint8)
+    expert_bytes = mixture.gate_up.nbytes + mixture.down.nbytes
+    print(f"int4, groups of {group}; an expert has {expert_bytes / 1e6:.2f} MB")
+    print("| rows | active | MB | all µs | route µs | gate, up µs | down µs | combine µs | GB/s of experts |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    with runner.buffers(arrays):
+        for rows in (1, 4, 8, 16):
+            for cuts in _variants(mixture, rows, runner.device, variants=variants):
+                steps = [
+                    _launches(mixture, runner.device, rows, chunk=False, copy=str(copy), cuts=cuts)
+                    for copy in range(COPIES)
+                ]
+                whole = runner.time([launch for step in steps for launch in step]) / COPIES
+                parts = [runner.time([step[i] for step in steps]) / COPIES for i in range(1, 5)]
+                active = 0
+                for copy in range(COPIES):
+                    got = runner.download(f"workspace{copy}", arrays[f"workspace{copy}"])
+                    places = places_of(mixture, rows, runner.device, cuts)
+                    active += int(got[places.groups :][:4].view("<i4")[0])
+                read = active / COPIES * expert_bytes / 1e6
+                speed = read / (parts[1] + parts[2]) * 1e3
+                shown = " | ".join(f"{part:.1f}" for part in parts)
+                print(
+                    f"| {rows} {'' if cuts is None else cuts} | {active / COPIES:.1f} | {read:.1f} | "
+                    f"{whole:.1f} | {shown} | {speed:.0f} |",
+                    flush=True,
+                )
+        runner.allocate("chunk", 16)
+        runner.upload("chunk", np.array([(0, 0, most, 0)], CHUNK))
+        for tokens in (128, 512, 2048):
+            launches = _launches(mixture, runner.device, tokens, chunk=True, copy="0")
+            took = runner.time(launches, repeats=5)
+            flop = tokens * 8 * 3 * 2048 * 768 * 2
+            print(f"chunk of {tokens}: {took:.0f} µs, {flop / took / 1e6:.1f} TFLOP/s")
+            names = ("router", "route", "gate, up", "down", "combine")
+            parts = [runner.time([each], repeats=5) for each in launches[:5]]
+            print(", ".join(f"{name} {part:.1f}" for name, part in zip(names, parts, strict=True)))
+
+
+def _variants(mixture: MixtureShape, rows: int, device: Device, *, variants: bool) -> list[Cuts | None]:
+    found: list[Cuts | None] = [None]
+    if variants:
+        best = tuned(mixture, rows=rows, device=device)
+        for warps, stages, blocks in ((16, 6, 1), (12, 6, 1), (8, 5, 2), (4, 8, 2), (4, 6, 3)):
+            found.append(
+                Cuts(
+                    *(
+                        replace(cut, warps=warps, stages=stages, blocks=blocks * device.multiprocessors)
+                        for cut in (best.gate_up, best.down)
+                    )
+                )
+            )
+    return found
+
+
+def main() -> int:
+    """Run checks, and the benchmark if asked for; 1 if anything is wrong."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--bench", action="store_true", help="measure a layer of Qwen3-30B-A3B, too")
+    parser.add_argument("--variants", action="store_true", help="with other cuts")
+    parser.add_argument("--seed", type=int, default=None)
+    args = parser.parse_args()
+    seed = secrets.randbits(31) if args.seed is None else args.seed
+    runner = Runner()
+    wrong = checks(runner, seed)
+    print(f"mixtures of experts: {len(ERRORS)} checks, largest error {max(ERRORS):.2e}, seed {seed}")
+    for line in wrong[:40]:
+        print(line)
+    if args.bench:
+        bench(runner, variants=args.variants)
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
