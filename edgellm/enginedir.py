@@ -60,6 +60,7 @@ __all__ = [
     "is_engine",
     "new_engine",
     "open_engine",
+    "real_path",
     "seal",
     "sha256_of",
     "verify_engine",
@@ -246,7 +247,7 @@ def new_engine(path: Path) -> Iterator[Path]:
         BuildError: `path` exists and is no engine directory or is not UTF-8, or writing failed (a full disk,
             no permission).
     """
-    path = path.resolve()
+    path = real_path(path)
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
@@ -270,6 +271,11 @@ def new_engine(path: Path) -> Iterator[Path]:
             raise BuildError(f"cannot create {path}: {error.strerror} ({error.filename})") from error
         hint = "; free some space and build again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise BuildError(f"cannot write {path}: {error.strerror or error}{hint}") from error
+
+
+def real_path(path: Path) -> Path:
+    """An absolute path without symbolic links; where these go round in circles, with them."""
+    return Path(os.path.realpath(path))  # Path.resolve would raise RuntimeError, until Python 3.13
 
 
 def seal(draft: Path, config: EngineConfig, hashed: Mapping[str, str] = {}) -> EngineConfig:

@@ -298,6 +298,10 @@ def test_an_unwritable_place_is_a_build_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BuildError, match=r"cannot create .*File exists \(.*/file\)"):
         _write(tmp_path / "file" / "engine")
+    (tmp_path / "circle").symlink_to("circle")
+    for place in ("circle", "circle/engine"):
+        with pytest.raises(BuildError, match="circle"):
+            _write(tmp_path / place)
     with pytest.raises(BuildError, match="is not UTF-8"):
         _write(tmp_path / os.fsdecode(b"engine\xff"))
 

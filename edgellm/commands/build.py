@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
 
     from edgellm.commands.progress import progress_bar
     from edgellm.engine_draft import remove_abandoned_drafts
-    from edgellm.enginedir import new_engine, seal
+    from edgellm.enginedir import new_engine, real_path, seal
 
     started = time.monotonic()
     target = _target(args)
@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
     quantized = None if args.random else QuantizedBuild.from_flags(args, checkpoint)
     if quantized is not None:
         checkpoint = quantized.checkpoint
-    for draft in remove_abandoned_drafts(args.output.resolve()):
+    for draft in remove_abandoned_drafts(real_path(args.output)):
         print(f"removed {draft}, left by a build that was killed", file=sys.stderr)
     with _sigterm_raises(), progress_bar() as progress, new_engine(args.output) as draft:
         _write_text(checkpoint, draft)
