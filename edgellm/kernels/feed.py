@@ -32,7 +32,7 @@ class Inputs:
 
 
 def feed_rows(count: int, *, rows_at: At, last_token: At, inputs: Inputs) -> list[Launch]:
-    """One token for each of `count` rows: `rows_at` is an array of as many `rows.ROW`, none of them nobody's."""
+    """One token for each of `count` rows: `rows_at` is an array of as many `rows.ROW`, none nobody's."""
     into = (inputs.tokens, inputs.positions, inputs.past, inputs.last, inputs.lengths)
     kernel = Kernel(_SOURCE, "feed_rows", _THREADS)
     return [Launch(kernel, (_blocks(count), 1, 1), (rows_at, last_token, count, *into), early=False)]

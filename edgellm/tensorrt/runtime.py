@@ -1,8 +1,8 @@
 """A plan on a device: deserialized, a context for each profile, tensors bound by name, faults with a type.
 
 Nothing here knows a model. Memory that TensorRT asks for comes from one allocator, which counts it while the
-plan is loaded and refuses it from READY on; activations live in memory that the caller gives. The two contexts
-share it: both run on one stream, one after the other.
+plan is loaded and refuses it from READY on; activations live in memory that the caller gives. The contexts
+share it: they run on one stream, one after the other.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Ledger:
         return sum(self._sizes.values())
 
     def allocate(self, size: int) -> int:
-        """An address, or 0: TensorRT then reports FAILED_ALLOCATION. Raises nothing: it is called from C++."""
+        """An address, or 0: TensorRT then reports FAILED_ALLOCATION. Nothing is raised through C++."""
         if size == 0:
             return 0
         if self.ready:
@@ -90,8 +90,8 @@ class Faults:
             )
         if refused is not None or any(code == "FAILED_ALLOCATION" for code, _ in seen):
             return TemporaryShortage(
-                f"{what}: the device has too little memory free ({text}); lower engine.max_batch_size, or end "
-                "what else uses the GPU"
+                f"{what}: the device has too little memory free ({text}); lower engine.max_batch_size, or "
+                "end what else uses the GPU"
             )
         if any(code in ("FAILED_EXECUTION", "INTERNAL_ERROR") for code, _ in seen) and ledger.ready:
             return DeviceLost(f"{what} failed ({text}); the process must start anew")
@@ -160,12 +160,11 @@ class PlanRuntime:
                 "again"
             )
         aliased_to = getattr(self._engine, "get_aliased_input_tensor", None)
-        for output, source in aliases.items() if aliased_to is not None else ():
+        if aliased_to is None:
+            return
+        for output, source in aliases.items():
             if aliased_to(output) != source:
-                raise EngineError(
-                    f"{path} keeps {output} apart from {source}: its caches would be copied in every step; build "
-                    "it again"
-                )
+                raise EngineError(f"{path} keeps {output} apart from {source}, its cache; build it again")
 
     def create_contexts(self, memory: int) -> None:
         """Make both contexts, their activations at an address with room for `context_bytes`.
@@ -224,8 +223,8 @@ class PlanRuntime:
             reasons = [description for _, description in self._faults.seen] or self._log.errors
             raise EngineError(
                 f"{self._api.name} {self._api.version} does not load {path}: "
-                f"{' '.join(reasons)[:500] or 'it gives no reason'}. Build the engine again here: edgellm build "
-                "CHECKPOINT --executor tensorrt"
+                f"{' '.join(reasons)[:500] or 'it gives no reason'}. Build the engine again here: edgellm "
+                "build CHECKPOINT --executor tensorrt"
             )
         return engine
 
