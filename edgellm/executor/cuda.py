@@ -176,6 +176,7 @@ class CudaExecutor:
         max_num_tokens: tokens that a step may feed.
         kv_cache: what the caches hold.
         dependent_launch: whether kernels may start before the one in front has ended, where the device can.
+        weights_sha256: of the weights file in hex, compared while it is read; None: not compared.
         step_limit_s: a step that takes longer hangs.
         open_driver: opens the device.
     """
@@ -190,6 +191,7 @@ class CudaExecutor:
         max_num_tokens: int,
         kv_cache: CacheKind = "fp16",
         dependent_launch: bool = True,
+        weights_sha256: str | None = None,
         step_limit_s: float = STEP_LIMIT_S,
         open_driver: Callable[[], Driver] = Driver,
     ) -> None:
@@ -197,6 +199,7 @@ class CudaExecutor:
         self._spec = spec
         self._shape = Shape(max_batch_size, max_seq_len, max_num_tokens)
         self._kv_cache: CacheKind = kv_cache
+        self._weights_sha256 = weights_sha256
         self._step_limit_s = step_limit_s
         self._open_driver = open_driver
         self._dependent_launch = dependent_launch
@@ -454,7 +457,14 @@ class CudaExecutor:
         staged = pinned.take((shape.max_batch_size,), SAMPLING)
         memory.clear(stream, keep=("weights",))
         driver.call("cuMemcpyHtoD", memory.at("rope"), table.ctypes.data, table.nbytes)
-        load_weights(driver, stream, weights, memory.at("weights"), lambda done: progress("weights", done))
+        load_weights(
+            driver,
+            stream,
+            weights,
+            memory.at("weights"),
+            sha256=self._weights_sha256,
+            progress=lambda done: progress("weights", done),
+        )
         self._sampler = Sampler(shape.max_batch_size, spec.vocab_size, max_seq_len=shape.max_seq_len)
 
         dependent = self._dependent_launch and facts.device.has_dependent_launch
