@@ -93,6 +93,7 @@ class CudaExecutor(DeviceExecutor):
         max_num_tokens: tokens that a step may feed.
         kv_cache: what the caches hold.
         dependent_launch: whether kernels may start before the one in front has ended, where the device can.
+        weights_sha256: of the weights file in hex, compared while it is read; None: not compared.
         step_limit_s: a step that takes longer hangs.
         open_driver: opens the device.
     """
@@ -107,6 +108,7 @@ class CudaExecutor(DeviceExecutor):
         max_num_tokens: int,
         kv_cache: CacheKind = "fp16",
         dependent_launch: bool = True,
+        weights_sha256: str | None = None,
         step_limit_s: float = STEP_LIMIT_S,
         open_driver: Callable[[], Driver] = Driver,
     ) -> None:
@@ -124,6 +126,7 @@ class CudaExecutor(DeviceExecutor):
         super().__init__(info, spec, step_limit_s=step_limit_s, open_driver=open_driver)
         self._directory = directory
         self._kv_cache: CacheKind = kv_cache
+        self._weights_sha256 = weights_sha256
         self._dependent_launch = dependent_launch
 
     def load(self, progress: Progress) -> MemoryReport:
@@ -275,7 +278,14 @@ class CudaExecutor(DeviceExecutor):
         host = HostMemory(driver, spec, shape, longest=longest)
         memory.clear(stream, keep=("weights",))
         driver.call("cuMemcpyHtoD", memory.at("rope"), table.ctypes.data, table.nbytes)
-        load_weights(driver, stream, weights, memory.at("weights"), lambda done: progress("weights", done))
+        load_weights(
+            driver,
+            stream,
+            weights,
+            memory.at("weights"),
+            sha256=self._weights_sha256,
+            progress=lambda done: progress("weights", done),
+        )
 
         dependent = self._dependent_launch and facts.device.has_dependent_launch
 
