@@ -50,6 +50,9 @@ from edgellm.sampling import SamplingParams
 
 MAX_MEAN_KL: Final = 0.001
 """With fp16 caches."""
+MAX_MEAN_KL_ROUTED: Final = 0.02
+"""Where a token may go to other experts: between two of nearly the same score rounding decides, and random
+experts have nothing in common. Beside int8 caches nothing could be told from that."""
 MAX_MEAN_KL_INT8: Final = 0.02
 """With int8 caches and random weights, whose attention is sharper than any trained model's."""
 PARTS: Final = ("kernels", "networks", "sampling", "memory", "sanitizer", "benchmark")
@@ -64,6 +67,26 @@ GREEDY: Final = SamplingParams(temperature=0.0)
 NOTHING: Final = np.zeros(0, np.int32)
 
 Tokens = NDArray[np.int32]
+
+
+def _mixture(experts: int, top_k: int) -> ModelSpec:
+    return ModelSpec(
+        architecture="Qwen3MoeForCausalLM",
+        vocab_size=1024,
+        hidden_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_size=64,
+        intermediate_size=512,
+        norm_epsilon=1e-6,
+        max_position_embeddings=2048,
+        rotary_base=1e6,
+        qk_layernorm=True,
+        moe=Mixture(num_experts=experts, top_k=top_k),
+        moe_intermediate_size=192,
+    )
+
 
 SMALL: Final[dict[str, ModelSpec]] = {
     "llama, 6/2 heads of 64, tied": ModelSpec(
@@ -107,22 +130,8 @@ SMALL: Final[dict[str, ModelSpec]] = {
         rotary_base=1e6,
         qk_layernorm=True,
     ),
-    "qwen3 moe, 24 experts, 4 for a token": ModelSpec(
-        architecture="Qwen3MoeForCausalLM",
-        vocab_size=1024,
-        hidden_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_size=64,
-        intermediate_size=512,
-        norm_epsilon=1e-6,
-        max_position_embeddings=2048,
-        rotary_base=1e6,
-        qk_layernorm=True,
-        moe=Mixture(num_experts=24, top_k=4),
-        moe_intermediate_size=192,
-    ),
+    "qwen3 moe, 4 of 24 experts": _mixture(24, 4),
+    "qwen3 moe, all of 6 experts": _mixture(6, 6),
 }
 
 
@@ -191,8 +200,15 @@ def check_networks(args: argparse.Namespace, seed: int) -> bool:
     good = True
     for name, checkpoint in _checkpoints(args, seed):
         for kv_cache in map(cache_kind, args.caches.split(",")):
+            routed = (
+                checkpoint.spec.moe is not None
+                and checkpoint.spec.moe.top_k < checkpoint.spec.moe.num_experts
+            )
+            if routed and kv_cache == "int8":
+                continue
+            most = MAX_MEAN_KL_ROUTED if routed else MAX_MEAN_KL if kv_cache == "fp16" else MAX_MEAN_KL_INT8
             for case in _prove(checkpoint, kv_cache, seed):
-                passed = case.mean_kl <= (MAX_MEAN_KL if kv_cache == "fp16" else MAX_MEAN_KL_INT8)
+                passed = case.mean_kl <= most
                 good &= passed
                 print(
                     f"| {name} | {kv_cache} | {case.name} | {case.positions} | {case.mean_kl:.6f} | "

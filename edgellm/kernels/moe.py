@@ -8,8 +8,9 @@ them. Who is active shows on the device only, so a fixed grid parts whatever wor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
 from edgellm.cuda.launch import At, Device, Kernel, Launch
@@ -26,8 +27,10 @@ PIECE: Final = 512
 _SOURCE: Final = "moe.cu"
 _STAGES_LEAST: Final = 4
 _STAGES_MOST: Final = 16
-_SHARED_GOAL: Final = 128 << 10
+_RESERVED: Final = 1 << 10
+"""Bytes of shared memory that the system has of every block."""
 _ROUTE_WARPS: Final = 32
+_CHOOSE_WARPS: Final = 4
 _GROUP_BYTES: Final = 16
 _COMBINE_THREADS: Final = 128
 _ALIGNMENT: Final = 256
@@ -107,12 +110,14 @@ class Tuning:
     Attributes:
         blocks: that part all row blocks of all groups evenly.
         warps: of a block.
+        warps_k: of them, that part the columns of a row block among them; divides `warps`.
         stages: panels under way for each warp.
         most: rows of a group.
     """
 
     blocks: int
     warps: int
+    warps_k: int
     stages: int
     most: int
 
@@ -121,6 +126,7 @@ class Places(NamedTuple):
     """Offsets in the workspace, and its size."""
 
     scores: int
+    ids: int
     groups: int
     pair_rows: int
     positions: int
@@ -261,6 +267,7 @@ def places_of(mixture: MixtureShape, rows: int, device: Device, cuts: Cuts | Non
     pairs = rows * mixture.top_k
     sizes = (
         rows * mixture.experts * 4,
+        pairs * 2,
         (1 + groups_most(mixture, rows, most)) * _GROUP_BYTES,
         pairs * 4,
         pairs * 4,
@@ -287,8 +294,9 @@ def tuned(mixture: MixtureShape, *, rows: int, device: Device) -> Cuts:
         BuildError: not even one row fits into the device's shared memory.
     """
     most = min(BUCKETS[-1], rows)
+    groups = min(mixture.experts, rows * mixture.top_k)
     while most:
-        cuts = [_cut(shape, most, device) for shape in (mixture.gate_up, mixture.down)]
+        cuts = [_cut(shape, groups, most, device) for shape in (mixture.gate_up, mixture.down)]
         if cuts[0] and cuts[1]:
             return Cuts(cuts[0], cuts[1])
         most //= 2
@@ -299,15 +307,28 @@ def tuned(mixture: MixtureShape, *, rows: int, device: Device) -> Cuts:
     )
 
 
-def _cut(shape: PackedShape, most: int, device: Device) -> Tuning | None:
-    for warps in (8, 4):
-        fixed = shared_bytes(shape, Tuning(0, warps, 0, most))
-        least = fixed + warps * _STAGES_LEAST * shape.panel_bytes
-        if least <= device.shared_per_block:
-            room = max(min(_SHARED_GOAL, device.shared_per_block), least) - fixed
-            stages = min(room // (warps * shape.panel_bytes), _STAGES_MOST)
-            return Tuning(device.multiprocessors, warps, stages, most)
+def _cut(shape: PackedShape, groups: int, most: int, device: Device) -> Tuning | None:
+    # Two blocks on an SM, where they fit: one waits for its rows while the other multiplies.
+    for warps, per_sm in ((8, 2), (8, 1), (4, 1)):
+        blocks = per_sm * device.multiprocessors
+        cut = Tuning(blocks, warps, _warps_k(shape, groups / blocks, warps), 0, most)
+        fixed = shared_bytes(shape, cut)
+        available = (device.shared_per_block + _RESERVED) // per_sm - _RESERVED
+        stages = min((available - fixed) // (warps * shape.panel_bytes), _STAGES_MOST)
+        if stages >= _STAGES_LEAST:
+            return replace(cut, stages=stages)
     return None
+
+
+def _warps_k(shape: PackedShape, groups: float, warps: int) -> int:
+    """Warps to a row block, if each block has row blocks of so many groups."""
+
+    def cost(warps_k: int) -> float:
+        rounds = math.ceil(groups * shape.row_blocks / (warps // warps_k))
+        # A round costs its panels and about as much as one and a half for what is around them.
+        return rounds * (math.ceil(shape.panels / warps_k) + 1.5)
+
+    return min((1, 2, 4), key=cost)
 
 
 def shared_bytes(shape: PackedShape, cut: Tuning) -> int:
@@ -315,6 +336,8 @@ def shared_bytes(shape: PackedShape, cut: Tuning) -> int:
     size = cut.warps * cut.stages * shape.panel_bytes + cut.most * (shape.k + 32) * 2
     if shape.bits < 16:
         size += shape.k // shape.group * max(2, cut.most) * 4
+    if cut.warps_k > 1:
+        size += 2 * cut.warps * (2 if cut.most > 8 else 1) * 512
     return size
 
 
@@ -324,8 +347,15 @@ def items_of(row_blocks: int, groups: int, cut: Tuning, block: int, warp: int) -
     begin, end = items * block // cut.blocks, items * (block + 1) // cut.blocks
     for group in range(begin // row_blocks, groups):
         first = max(begin, group * row_blocks)
-        for item in range(first + warp, min(end, (group + 1) * row_blocks), cut.warps):
+        teams = cut.warps // cut.warps_k
+        for item in range(first + warp // cut.warps_k, min(end, (group + 1) * row_blocks), teams):
             yield group, item - group * row_blocks
+
+
+def panels_of(shape: PackedShape, cut: Tuning, warp: int) -> range:
+    """The panels of each of its items that a warp multiplies."""
+    part = warp % cut.warps_k
+    return range(part * shape.panels // cut.warps_k, (part + 1) * shape.panels // cut.warps_k)
 
 
 def _after_scores(
@@ -344,7 +374,7 @@ def _after_scores(
     places = places_of(mixture, tokens.rows, device, cuts)
     groups, pair_rows = workspace + places.groups, workspace + places.pair_rows
     inner, found = workspace + places.inner, workspace + places.found
-    yield _route(mixture, tokens, cuts.most, workspace, places)
+    yield from _route(mixture, tokens, cuts.most, workspace, places)
     for shape, cut, part, taken, given in (
         (mixture.gate_up, cuts.gate_up, weights.gate_up, x, inner),
         (mixture.down, cuts.down, weights.down, inner, found),
@@ -371,29 +401,35 @@ def _after_scores(
     )
 
 
-def _route(mixture: MixtureShape, tokens: Tokens, most: int, workspace: At, places: Places) -> Launch:
-    warps = max(-(-mixture.experts // 32), min(_ROUTE_WARPS, tokens.rows))
+def _route(
+    mixture: MixtureShape, tokens: Tokens, most: int, workspace: At, places: Places
+) -> Iterator[Launch]:
     normalize = str(mixture.normalize).lower()
+    scores, ids, shares = (workspace + at for at in (places.scores, places.ids, places.shares))
+    if tokens.chunk is not None:
+        kernel = Kernel(
+            _SOURCE, f"choose<{mixture.experts}, {mixture.top_k}, {normalize}>", _CHOOSE_WARPS * 32
+        )
+        yield Launch(
+            kernel,
+            (-(-tokens.rows // _CHOOSE_WARPS), 1, 1),
+            (tokens.chunk, tokens.first, tokens.rows, scores, ids, shares),
+        )
+    chosen = str(tokens.chunk is not None).lower()
+    warps = max(-(-mixture.experts // 32), min(_ROUTE_WARPS, tokens.rows))
     kernel = Kernel(
         _SOURCE,
-        f"route<{mixture.experts}, {mixture.top_k}, {most}, {normalize}, {warps}>",
+        f"route<{mixture.experts}, {mixture.top_k}, {most}, {normalize}, {chosen}, {warps}>",
         warps * 32,
         (warps * mixture.experts + tokens.rows * mixture.top_k) * 2,
     )
-    return Launch(
+    groups, pair_rows, positions = (
+        workspace + at for at in (places.groups, places.pair_rows, places.positions)
+    )
+    yield Launch(
         kernel,
         (1, 1, 1),
-        (
-            tokens.rows_at,
-            tokens.chunk,
-            tokens.first,
-            tokens.rows,
-            workspace + places.scores,
-            workspace + places.groups,
-            workspace + places.pair_rows,
-            workspace + places.positions,
-            workspace + places.shares,
-        ),
+        (tokens.rows_at, tokens.rows, scores, ids, groups, pair_rows, positions, shares),
     )
 
 
@@ -403,7 +439,7 @@ def _experts(shape: PackedShape, cut: Tuning) -> Kernel:
     weights = f"{shape.bits}, {shape.group}, {ZERO_NAMES[shape.zero]}, {shape.k}"
     return Kernel(
         _SOURCE,
-        f"experts<{weights}, {cut.most}, {epilogue}, {gathered}, {cut.warps}, {cut.stages}>",
+        f"experts<{weights}, {cut.most}, {epilogue}, {gathered}, {cut.warps}, {cut.warps_k}, {cut.stages}>",
         cut.warps * 32,
         shared_bytes(shape, cut),
     )

@@ -24,6 +24,7 @@ from edgellm.kernels.moe import (
     groups_most,
     items_of,
     mixture_workspace,
+    panels_of,
     places_of,
     require_mixture,
     row_mixture,
@@ -96,17 +97,28 @@ def chunk_launches(shape: MixtureShape, tokens: int, device: Device) -> list[Lau
     st.integers(1, 300),
     st.integers(0, 200),
     st.sampled_from([4, 8, 14, 16, 132]),
-    st.sampled_from([4, 8, 16]),
+    st.sampled_from([(4, 1), (8, 1), (8, 2), (8, 4), (16, 1)]),
 )
-def test_every_item_is_one_warps(row_blocks: int, groups: int, blocks: int, warps: int) -> None:
-    cut = Tuning(blocks, warps, 4, 16)
+def test_every_item_is_one_teams(row_blocks: int, groups: int, blocks: int, team: tuple[int, int]) -> None:
+    warps, warps_k = team
+    cut = Tuning(blocks, warps, warps_k, 4, 16)
     taken = Counter(
         item
         for block in range(blocks)
-        for warp in range(warps)
+        for warp in range(0, warps, warps_k)
         for item in items_of(row_blocks, groups, cut, block, warp)
     )
     assert taken == Counter((group, row_block) for group in range(groups) for row_block in range(row_blocks))
+
+
+@pytest.mark.parametrize("shape", MIXTURES.values(), ids=MIXTURES)
+def test_a_team_multiplies_every_panel_once(shape: MixtureShape) -> None:
+    for linear in (shape.gate_up, shape.down):
+        for warps_k in (1, 2, 4):
+            cut = Tuning(16, 8, warps_k, 4, 16)
+            for team in range(0, 8, warps_k):
+                taken = [panel for warp in range(warps_k) for panel in panels_of(linear, cut, team + warp)]
+                assert taken == list(range(linear.panels))
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=64), st.sampled_from(BUCKETS))
@@ -130,6 +142,14 @@ def test_cuts_fit_the_device_and_share_their_groups(shape: MixtureShape, device:
             assert cut.stages >= 4
 
 
+def test_few_row_blocks_are_parted_among_warps() -> None:
+    """One row on many SMs: fewer row blocks than warps."""
+    shape = MIXTURES["Qwen3-30B-A3B"]
+    assert tuned(shape, rows=1, device=DEVICES["h100"]).gate_up.warps_k > 1
+    assert tuned(shape, rows=16, device=DEVICES["h100"]).gate_up.warps_k == 1
+    assert tuned(shape, rows=1, device=DEVICES["agx orin"]).gate_up.warps_k == 1
+
+
 def test_one_experts_rows_are_read_together_on_an_orin() -> None:
     cuts = tuned(MIXTURES["Qwen3-30B-A3B"], rows=16, device=DEVICES["agx orin"])
     assert cuts.most == 16
@@ -144,6 +164,7 @@ def test_parts_of_the_workspace_do_not_touch(shape: MixtureShape) -> None:
         groups = groups_most(shape, rows, tuned(shape, rows=rows, device=device).most)
         needed = (
             rows * shape.experts * 4,
+            pairs * 2,
             (groups + 1) * 16,
             *[pairs * 4] * 3,
             pairs * shape.down.k * 2,
@@ -157,8 +178,10 @@ def test_parts_of_the_workspace_do_not_touch(shape: MixtureShape) -> None:
 def test_long_chunks_go_in_pieces() -> None:
     shape, device = MIXTURES["Qwen3-30B-A3B"], DEVICES["agx orin"]
     launches = chunk_launches(shape, 2048, device)
-    routes = [launch for launch in launches if launch.kernel.expression.startswith("route")]
-    assert [launch.arguments[2:4] for launch in routes] == [(first, PIECE) for first in range(0, 2048, PIECE)]
+    choices = [launch for launch in launches if launch.kernel.expression.startswith("choose")]
+    assert [launch.arguments[1:3] for launch in choices] == [
+        (first, PIECE) for first in range(0, 2048, PIECE)
+    ]
     scored = [launch for launch in launches if launch.kernel.source == "gemm.cu"]
     assert [launch.arguments[2] for launch in scored] == [
         At("x", first * 2048 * 2) for first in range(0, 2048, PIECE)
@@ -176,9 +199,9 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(BuildError, match=r"gate has 2000 experts, 8 for a token"):
         require_mixture(2000, 8, "gate")
     require_mixture(512, 32, "gate")
-    cut = Tuning(16, 8, 4, 8)
+    cut = Tuning(16, 8, 1, 4, 8)
     with pytest.raises(ValueError, match="groups of 8 and of 4"):
-        Cuts(cut, Tuning(16, 8, 4, 4))
+        Cuts(cut, Tuning(16, 8, 1, 4, 4))
 
 
 @pytest.mark.parametrize("name", ["a100", "rtx3090", "agx orin", "h100"])
