@@ -16,7 +16,7 @@ UNSEALED: Final = "0" * 64
 
 Compute = Literal["int8", "fp32", "fp16"]
 """`int8`: weights as stored, activations quantized on the fly; `fp32`: the reference; both the CPU's. `fp16`:
-weights as stored, activations in half precision, sums in single: CUDA's."""
+weights as stored, activations in half precision, sums in single: CUDA's and TensorRT's."""
 
 
 class Mapping(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -81,6 +81,33 @@ class FileRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     bytes: int
 
 
+class PlanRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A TensorRT plan: what it can run on, and what it takes there.
+
+    Attributes:
+        library: `tensorrt` or `tensorrt_rtx`.
+        version: of the library that built it, which alone can run it.
+        targets: compute capabilities that it runs on, 87 for 8.7.
+        software: the board's, such as `JetPack 7.2 (L4T 39.0)`, where it was built for the board at hand.
+        lengths: whether attention takes lengths, so that there is an input for them.
+        emitted_bytes: of the network's constants.
+        weight_bytes: of the plan's weights on the device.
+        prefill_bytes, decode_bytes: of the activations of a prompt's chunk and of a decode step.
+        kernels: that a decode step launches, about.
+    """
+
+    library: Literal["tensorrt", "tensorrt_rtx"]
+    version: str
+    targets: tuple[int, ...]
+    software: str | None = None
+    lengths: bool
+    emitted_bytes: int
+    weight_bytes: int
+    prefill_bytes: int
+    decode_bytes: int
+    kernels: int
+
+
 class EdgellmSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What TensorRT-LLM's config.json has no place for.
 
@@ -95,12 +122,13 @@ class EdgellmSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         add_bos: whether a plain text prompt starts with bos_id.
         eos_ids: the tokens that end an answer.
         weights: every matrix, for the memory plan.
+        plan: of the tensorrt executor's engines.
         files: every other file, by name.
         config_sha256: of config.json itself; see the top of this file.
     """
 
     format_version: int
-    executor: Literal["cpu", "cuda"]
+    executor: Literal["cpu", "cuda", "tensorrt"]
     executor_version: str | None = None
     compute: Compute
     kv_cache: KvCache = "fp32"
@@ -109,6 +137,7 @@ class EdgellmSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     add_bos: bool
     eos_ids: tuple[int, ...]
     weights: tuple[Matrices, ...] = ()
+    plan: PlanRecord | None = None
     files: dict[str, FileRecord] = {}
     config_sha256: str = UNSEALED
 

@@ -24,6 +24,7 @@
         ├── EngineError           66
         ├── DownloadError         69
         ├── DeviceError           69
+        ├── TensorRtMissing       69
         ├── BuildError            73
         ├── ExecutorFault         70
         │   └── DeviceLost            70
@@ -194,6 +195,12 @@ class DownloadError(OperatorError):
 
 class DeviceError(OperatorError):
     """The GPU that the engine needs cannot be used: no driver, an old one, no permission, an old GPU."""
+
+    exit_code = 69
+
+
+class TensorRtMissing(OperatorError):
+    """There is no TensorRT, or one that is too old to build or run a language model."""
 
     exit_code = 69
 

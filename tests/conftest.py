@@ -35,7 +35,8 @@ _LEFT_OUT = pytest.StashKey[Sequence[pytest.Item]]()
 
 
 def _has_tensorrt() -> bool:
-    from edgellm.tensorrt.api import TensorRtMissing, find_api
+    from edgellm.errors import TensorRtMissing
+    from edgellm.tensorrt.api import find_api
 
     try:
         find_api()

@@ -6,7 +6,7 @@ import argparse
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
@@ -15,15 +15,16 @@ from edgellm.commands.quantizing import QuantizedBuild, add_flags
 
 if TYPE_CHECKING:
     from edgellm.checkpoint import Checkpoint
-    from edgellm.engine_config import Compute
+    from edgellm.engine_config import Compute, PlanRecord
     from edgellm.enginedir import BuildConfig, EngineConfig
     from edgellm.executor.base import Progress
     from edgellm.model.kv_cache import KvCache
     from edgellm.model.spec import ModelSpec
+    from edgellm.tensorrt.api import Api
 
 DEFAULT_BATCH_SIZE = 4
 DEFAULT_SEQ_LEN = 2048
-DEFAULT_NUM_TOKENS = {"cpu": 256, "cuda": 1024}
+DEFAULT_NUM_TOKENS = {"cpu": 256, "cuda": 1024, "tensorrt": 256}
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -64,20 +65,34 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--compute",
         choices=("int8", "fp32", "fp16"),
         help="int8 (cpu's default): weights as stored, activations quantized on the fly; fp32: the exact, "
-        "slow reference; fp16: cuda's",
+        "slow reference; fp16: cuda's and tensorrt's",
     )
     parser.add_argument(
         "--kv-cache",
         choices=("fp32", "fp16", "int8"),
         help="cpu: fp32 (default), or fp16, half the memory, attention in half precision; cuda: fp16 "
-        "(default), or int8 with a scale for each token and head",
+        "(default), or int8 with a scale for each token and head; tensorrt: fp16",
     )
-    parser.add_argument("--executor", choices=("cpu", "cuda"), default="cpu", help="what is to run it")
+    parser.add_argument(
+        "--executor", choices=("cpu", "cuda", "tensorrt"), default="cpu", help="what is to run it"
+    )
     parser.add_argument(
         "--sm",
         metavar="N,…",
         help="cuda: compile the kernels now for these compute capabilities, such as 87 for Orin; without it "
-        "the device compiles them at its first start",
+        "the device compiles them at its first start; tensorrt: the devices that the plan is for, where the "
+        "library builds ahead (default: the one at hand)",
+    )
+    parser.add_argument(
+        "--builder-memory",
+        metavar="SIZE",
+        help="tensorrt: most device memory for trying kernels out, such as 1GiB (default: all that is free)",
+    )
+    parser.add_argument(
+        "--timing-cache",
+        type=Path,
+        metavar="FILE",
+        help="tensorrt: kernels that were measured before, kept for the next build (default: ENGINE.timing)",
     )
     parser.add_argument(
         "--model-name",
@@ -94,6 +109,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         OperatorError: the flags, the checkpoint or the place to write; see edgellm.errors.
     """
+    from msgspec import structs
+
     from edgellm.commands.progress import progress_bar
     from edgellm.engine_draft import remove_abandoned_drafts
     from edgellm.enginedir import new_engine, seal
@@ -108,6 +125,9 @@ def run(args: argparse.Namespace) -> int:
         max_num_tokens=args.max_num_tokens,
         usual_num_tokens=DEFAULT_NUM_TOKENS[args.executor],
     )
+    if args.executor == "tensorrt":
+        # A profile of its own is for prompts; it is to be fastest at whole chunks.
+        build = structs.replace(build, opt_num_tokens=build.max_num_tokens)
     # Random weights are made in their quantized form.
     quantized = None if args.random else QuantizedBuild.from_flags(args, checkpoint)
     if quantized is not None:
@@ -118,12 +138,14 @@ def run(args: argparse.Namespace) -> int:
         _write_text(checkpoint, draft)
         if quantized is not None:
             quantized.calibrate(draft, progress)
-        config = _engine_config(args, target, checkpoint, build)
-        hashed = _write_network(target, checkpoint, draft, build, progress)
+        network = _write_network(target, checkpoint, draft, build, progress)
+        config = _engine_config(args, target, checkpoint, build, network)
         if quantized is not None:
             quantized.write_report(draft, progress)
         progress("checksums", 1.0)
-        config = seal(draft, config, hashed)
+        config = seal(draft, config, network.hashed)
+    for warning in network.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     size = sum(record.bytes for record in config.edgellm.files.values())
     print(
         f"{args.output}: {config.edgellm.model_name}, {size / 1e6:.1f} MB, "
@@ -197,15 +219,27 @@ def refuse_model_name(path: Path) -> None:
 class _Target(NamedTuple):
     """What the engine is for, checked: flags that belong together, defaults filled in."""
 
-    executor: Literal["cpu", "cuda"]
+    executor: Literal["cpu", "cuda", "tensorrt"]
     compute: Compute
     kv_cache: KvCache
     sms: tuple[int, ...]
+    tensorrt: Api | None
+    builder_memory: int | None
+    timing_cache: Path
+
+
+class _Network(NamedTuple):
+    """What was written: the SHA-256 of files that were hashed meanwhile, the plan if it is one, warnings."""
+
+    hashed: dict[str, str]
+    plan: PlanRecord | None = None
+    warnings: Sequence[str] = ()
 
 
 TARGETS: dict[str, tuple[tuple[Compute, ...], tuple[KvCache, ...]]] = {
     "cpu": (("int8", "fp32"), ("fp32", "fp16")),
     "cuda": (("fp16",), ("fp16", "int8")),
+    "tensorrt": (("fp16",), ("fp16",)),
 }
 """Executor → how it can compute, and what its caches can hold; the defaults first."""
 
@@ -213,6 +247,8 @@ TARGETS: dict[str, tuple[tuple[Compute, ...], tuple[KvCache, ...]]] = {
 def _target(args: argparse.Namespace) -> _Target:
     from edgellm.errors import UsageError
     from edgellm.executor.cuda_kernels import devices_of
+    from edgellm.memory.sizes import parse_size
+    from edgellm.tensorrt.api import find_api
 
     for flag, choices in zip(("compute", "kv_cache"), TARGETS[args.executor], strict=True):
         asked = getattr(args, flag)
@@ -221,16 +257,32 @@ def _target(args: argparse.Namespace) -> _Target:
                 f"--{flag.replace('_', '-')} {asked}: the {args.executor} executor has "
                 + " and ".join(choices)
             )
-    if args.sm is not None and args.executor != "cuda":
-        raise UsageError("--sm: only --executor cuda compiles kernels")
+    if args.sm is not None and args.executor == "cpu":
+        raise UsageError("--sm: only --executor cuda and tensorrt build for a device")
+    for flag in ("builder_memory", "timing_cache"):
+        if getattr(args, flag) is not None and args.executor != "tensorrt":
+            raise UsageError(f"--{flag.replace('_', '-')}: only --executor tensorrt has a builder")
     try:
         sms = tuple(dict.fromkeys(int(word) for word in args.sm.split(","))) if args.sm else ()
-        for sm in sms:
+        for sm in sms if args.executor == "cuda" else ():
             devices_of(sm)
     except ValueError as error:
         raise UsageError(f"--sm {args.sm}: {error}") from None
+    try:
+        builder_memory = parse_size(args.builder_memory) if args.builder_memory else None
+    except ValueError as error:
+        raise UsageError(f"--builder-memory: {error}") from None
     computes, caches = TARGETS[args.executor]
-    return _Target(args.executor, args.compute or computes[0], args.kv_cache or caches[0], sms)
+    output = args.output.resolve()
+    return _Target(
+        args.executor,
+        args.compute or computes[0],
+        args.kv_cache or caches[0],
+        sms,
+        find_api() if args.executor == "tensorrt" else None,
+        builder_memory,
+        args.timing_cache or output.with_name(f"{output.name}.timing"),
+    )
 
 
 def _checkpoint(args: argparse.Namespace) -> Checkpoint:
@@ -251,7 +303,11 @@ def _checkpoint(args: argparse.Namespace) -> Checkpoint:
 
 
 def _engine_config(
-    args: argparse.Namespace, target: _Target, checkpoint: Checkpoint, build: BuildConfig
+    args: argparse.Namespace,
+    target: _Target,
+    checkpoint: Checkpoint,
+    build: BuildConfig,
+    network: _Network,
 ) -> EngineConfig:
     import msgspec
 
@@ -268,7 +324,7 @@ def _engine_config(
         edgellm=EdgellmSection(
             format_version=FORMAT_VERSION,
             executor=target.executor,
-            executor_version=_executor_version(target.executor),
+            executor_version=_executor_version(target),
             compute=target.compute,
             kv_cache=target.kv_cache,
             model_name=args.model_name or checkpoint.name,
@@ -276,14 +332,17 @@ def _engine_config(
             add_bos=checkpoint.add_bos,
             eos_ids=checkpoint.eos_ids,
             weights=take_inventory(checkpoint),
+            plan=network.plan,
         ),
     )
 
 
-def _executor_version(executor: str) -> str:
+def _executor_version(target: _Target) -> str:
     from importlib.metadata import version
 
-    if executor == "cpu":
+    if target.tensorrt is not None:
+        return f"{target.tensorrt.name} {target.tensorrt.version}"
+    if target.executor == "cpu":
         return f"onnxruntime {version('onnxruntime')}"
     from edgellm.model.network import LAYOUT_VERSION
 
@@ -320,22 +379,36 @@ def _write_text(checkpoint: Checkpoint, draft: Path) -> None:
 
 def _write_network(
     target: _Target, checkpoint: Checkpoint, draft: Path, build: BuildConfig, progress: Progress
-) -> dict[str, str]:
-    """Write the network; gives the SHA-256 of files that were hashed meanwhile."""
+) -> _Network:
     if target.executor == "cpu":
         from edgellm.model import onnx
 
         assert target.compute != "fp16"
-        return onnx.emit(
+        hashed = onnx.emit(
             checkpoint, draft, build, compute=target.compute, kv_cache=target.kv_cache, progress=progress
         )
+        return _Network(hashed)
+    if target.tensorrt is not None:
+        from edgellm.tensorrt.engine_files import write_plan
+
+        plan, warnings = write_plan(
+            draft,
+            checkpoint,
+            target.tensorrt,
+            build,
+            targets=target.sms,
+            builder_memory=target.builder_memory,
+            timing_cache=target.timing_cache,
+            progress=progress,
+        )
+        return _Network({}, plan, warnings)
     from edgellm.executor.cuda_build import write_kernels
     from edgellm.model import kernels
 
     hashed = kernels.emit(checkpoint, draft, build, progress=progress)
     for sm in target.sms:
         write_kernels(draft, checkpoint.spec, build, kv_cache=target.kv_cache, sm=sm, progress=progress)
-    return hashed
+    return _Network(hashed)
 
 
 @contextmanager

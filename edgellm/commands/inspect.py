@@ -23,6 +23,9 @@ _Found = TypeVar("_Found")
 
 KV_BYTES: Final = {"fp16": 2, "fp32": 4}
 
+NETWORKS = ("model.", "weights.safetensors", "rank0.engine")
+"""What an engine's weights are in, by executor: ONNX, CUDA, TensorRT."""
+
 
 @dataclass(frozen=True, slots=True)
 class Storage:
@@ -160,7 +163,7 @@ def _engine(path: Path) -> Report:
     config = engine.config
     weights, spec = config.edgellm.weights, engine.spec
     parameters = _parameters(weights, spec) if weights else None
-    stored = sum(record.bytes for name, record in config.edgellm.files.items() if name.startswith("model."))
+    stored = sum(record.bytes for name, record in config.edgellm.files.items() if name.startswith(NETWORKS))
     return Report(
         str(path),
         "engine",

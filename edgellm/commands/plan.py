@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from edgellm.memory.cpu import CpuFootprint
     from edgellm.memory.cuda import CudaFootprint
     from edgellm.memory.plan import Line, Plan, Shape
+    from edgellm.memory.tensorrt import TensorRtFootprint
     from edgellm.model.kv_cache import KvCache
 
 SIZES = ("max_batch_size", "max_seq_len", "max_num_tokens")
@@ -33,12 +34,12 @@ class Subject:
         footprint: the executor's.
         shape: the sizes asked for, or as built, or the defaults of `edgellm build`.
         longest: tokens that the model was trained for.
-        executor: `cpu` or `cuda`.
+        executor: `cpu`, `cuda` or `tensorrt`.
         rebuild: flags of `edgellm build` that the engine was not built with.
     """
 
     name: str
-    footprint: CpuFootprint | CudaFootprint
+    footprint: CpuFootprint | CudaFootprint | TensorRtFootprint
     shape: Shape
     longest: int
     executor: str
@@ -214,14 +215,17 @@ def _refuse(args: argparse.Namespace, executor: str) -> None:
 
 
 def _changed(
-    footprint: CpuFootprint | CudaFootprint, kv_cache: KvCache, compute: Compute
-) -> CpuFootprint | CudaFootprint:
+    footprint: CpuFootprint | CudaFootprint | TensorRtFootprint, kv_cache: KvCache, compute: Compute
+) -> CpuFootprint | CudaFootprint | TensorRtFootprint:
     """The footprint with other caches, or of linears that compute otherwise."""
     from edgellm.executor.cuda_build import cache_kind
     from edgellm.memory.cpu import CpuFootprint
+    from edgellm.memory.cuda import CudaFootprint
 
     if isinstance(footprint, CpuFootprint):
         return replace(footprint, kv_cache=kv_cache, compute=compute)
+    if not isinstance(footprint, CudaFootprint):
+        return footprint  # it has one kind of either
     return replace(footprint, kv_cache=cache_kind(kv_cache))
 
 

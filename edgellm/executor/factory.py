@@ -6,7 +6,7 @@ import os
 
 from edgellm.config import EngineConfig
 from edgellm.enginedir import EngineDir
-from edgellm.errors import ConfigError
+from edgellm.errors import ConfigError, EngineError
 from edgellm.executor.base import Executor
 from edgellm.memory.plan import Shape
 
@@ -16,6 +16,7 @@ def make_executor(directory: EngineDir, wanted: EngineConfig) -> Executor:
 
     Raises:
         ConfigError: an `engine.*` key asks for more than the engine was built for.
+        EngineError: it is a TensorRT plan.
     """
     shape = shape_of(directory, wanted)
     if directory.config.edgellm.executor == "cuda":
@@ -29,6 +30,10 @@ def make_executor(directory: EngineDir, wanted: EngineConfig) -> Executor:
             max_seq_len=shape.max_seq_len,
             max_num_tokens=shape.max_num_tokens,
             kv_cache=cache_kind(directory.kv_cache),
+        )
+    if directory.config.edgellm.executor == "tensorrt":
+        raise EngineError(
+            f"{directory.path} is a TensorRT plan, which this edgellm builds and cannot run yet"
         )
     from edgellm.executor.cpu import CpuExecutor
 

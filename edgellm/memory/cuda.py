@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Final
 
 import msgspec
-import numpy as np
 
 from edgellm.cuda.launch import Device
 from edgellm.engine_config import Compute
@@ -20,10 +19,9 @@ from edgellm.executor.cuda_programs import (
     decode_buckets,
     prefill_buckets,
 )
-from edgellm.executor.cuda_steps import StepBuffers
 from edgellm.kernels.attention_shape import CacheKind
-from edgellm.kernels.sample import SAMPLING
 from edgellm.memory.arena import aligned
+from edgellm.memory.device import context_line, graphs_line, pinned_line, process_line, sampling_line
 from edgellm.memory.plan import Line, Shape
 from edgellm.memory.process import number, requests_line, tokenizer_line
 from edgellm.model.network import Network
@@ -31,17 +29,6 @@ from edgellm.model.spec import ModelSpec
 
 DEVICES: Final = (Device(87, 16, 163 << 10), Device(87, 8, 163 << 10), Device(90, 132, 227 << 10))
 """Launches are cut to the device, and workspaces with them; the largest of these is planned for."""
-
-PROCESS: Final = 75_000_000
-"""Python, numpy, pyzmq, msgspec, cuda-bindings and edgellm itself, without an engine."""
-DRIVER: Final = 160_000_000
-"""libcuda's pages in the process: code, its own heaps, the host side of the context."""
-CONTEXT: Final = 520_000_000
-"""Device memory of a context: local memory for every thread that can run, and the driver's own buffers."""
-GRAPH_NODE: Final = 2_500
-"""Of a captured graph, on the device."""
-DEPTH: Final = 2
-"""Steps in flight, each with buffers of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,18 +63,12 @@ class CudaFootprint:
         spec = self.spec
         activations, nodes = self._activations(shape)
         return (
-            Line(
-                "process",
-                PROCESS + DRIVER,
-                f"Python and libraries {number(PROCESS)} B + libcuda {number(DRIVER)} B",
-            ),
+            process_line(),
             tokenizer_line(spec),
-            self._sampling(shape),
-            self._pinned(shape),
-            Line("context", CONTEXT, f"{number(CONTEXT)} B of the driver's", "device"),
-            Line(
-                "graphs", nodes * GRAPH_NODE, f"launches {number(nodes)} × {number(GRAPH_NODE)} B", "device"
-            ),
+            sampling_line(spec, shape),
+            pinned_line(spec, shape, longest=min(prefill_buckets(shape)[-1], shape.max_num_tokens)),
+            context_line(),
+            graphs_line(nodes),
             Line("weights", self.weights_bytes, f"{number(self.weights_bytes)} B, packed", "device"),
             self._caches(shape),
             activations,
@@ -151,29 +132,6 @@ class CudaFootprint:
             device=device,
             weights=_Anywhere(),
             weights_bytes=self.weights_bytes,
-        )
-
-    def _pinned(self, shape: Shape) -> Line:
-        longest = min(prefill_buckets(shape)[-1], shape.max_num_tokens)
-        step = StepBuffers.size(shape, self.spec.vocab_size, longest)
-        slots = aligned(shape.max_batch_size * SAMPLING.itemsize)
-        return Line(
-            "pinned",
-            DEPTH * step + slots,
-            f"steps {DEPTH} × {number(step)} B, mostly logits of {shape.max_batch_size} slots, "
-            f"+ sampling parameters {number(slots)} B",
-            "pinned",
-        )
-
-    def _sampling(self, shape: Shape) -> Line:
-        """The host's sampler, for what the device does not sample."""
-        batch, vocabulary = shape.max_batch_size, self.spec.vocab_size
-        seen, size = min(vocabulary, shape.max_seq_len), np.dtype(np.int32).itemsize
-        return Line(
-            "sampling",
-            ((batch + 2) * vocabulary + batch * seen) * size,
-            f"((slots {batch} + 2) × vocabulary {number(vocabulary)} "
-            f"+ slots {batch} × distinct {number(seen)}) × {size} B",
         )
 
 

@@ -14,11 +14,12 @@ from edgellm.server_config import ServerConfig
 
 if TYPE_CHECKING:
     from edgellm.memory.cuda import CudaFootprint
+    from edgellm.memory.tensorrt import TensorRtFootprint
 
 
 def footprint_of(
     directory: EngineDir, *, threads: int, server: ServerConfig, root: Path = Path("/")
-) -> CpuFootprint | CudaFootprint:
+) -> CpuFootprint | CudaFootprint | TensorRtFootprint:
     """The footprint of an engine's executor.
 
     Args:
@@ -38,6 +39,19 @@ def footprint_of(
             network=read_network(directory.path / NETWORK_FILE),
             weights_bytes=read_weights_header(directory.path / WEIGHTS_FILE).bytes,
             kv_cache=cache_kind(directory.kv_cache),
+            unified=is_unified(root),
+            max_queue=server.max_queue,
+            max_message_bytes=server.max_message_bytes,
+        )
+    if directory.config.edgellm.executor == "tensorrt":
+        from edgellm.memory.tensorrt import TensorRtFootprint
+        from edgellm.tensorrt.engine_files import PLAN_FILE, plan_record
+
+        return TensorRtFootprint(
+            spec=directory.spec,
+            build=directory.build,
+            plan=plan_record(directory),
+            plan_bytes=directory.config.edgellm.files[PLAN_FILE].bytes,
             unified=is_unified(root),
             max_queue=server.max_queue,
             max_message_bytes=server.max_message_bytes,

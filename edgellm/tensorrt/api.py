@@ -16,18 +16,14 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Final
+from typing import Any, Final, Literal
 
-from edgellm.errors import OperatorError
+from edgellm.errors import TensorRtMissing
 
 MODULES: Final = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
 """In order of preference. TensorRT-RTX's wheel of bindings can be imported by itself, too."""
 OLDEST: Final = {"tensorrt": (10, 15), "tensorrt_rtx": (1, 4)}
 """The first versions with attention, KV-cache and rotary layers."""
-
-
-class TensorRtMissing(OperatorError):
-    """No TensorRT that could build or run the network."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +40,7 @@ class Api:
     """
 
     module: ModuleType
-    name: str
+    name: Literal["tensorrt", "tensorrt_rtx"]
     version: str
     has_lengths: bool
     has_moe: bool
@@ -81,7 +77,9 @@ def describe(module: ModuleType) -> Api:
     Raises:
         TensorRtMissing: it is older than the layers that a language model needs.
     """
-    name = "tensorrt_rtx" if module.__name__.startswith("tensorrt_rtx") else "tensorrt"
+    name: Literal["tensorrt", "tensorrt_rtx"] = (
+        "tensorrt_rtx" if module.__name__.startswith("tensorrt_rtx") else "tensorrt"
+    )
     version = str(module.__version__)
     network: Any = module.INetworkDefinition
     oldest = OLDEST[name]

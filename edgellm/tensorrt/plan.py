@@ -7,6 +7,7 @@ builds on the device, for the device.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,13 @@ from edgellm.tensorrt.build_log import BuildLog, FusedLayer, make_logger
 
 DUPLICATED: Final = 1.05
 """Plans whose weights take more than this times the emitted bytes hold some of them twice."""
+PADDING: Final = 1 << 20
+"""Bytes beyond that, which small models' constants take by their alignment."""
+LARGEST_CACHE: Final = 2**31 - 1
+"""Elements of a tensor that kernels are sure to index (NVIDIA/TensorRT#3815); plans build beyond it, too."""
+
+
+_OUT_OF_MEMORY: Final = re.compile(r"out ?of ?memory|memory allocation|bad_alloc", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +79,8 @@ def build_plan(
         BuildError: the network has no TensorRT form, or TensorRT does not build it; says why.
         CheckpointError: a tensor is missing or damaged.
     """
+    _require_cache(checkpoint.spec, build)
+    capabilities = _capabilities(api, targets)
     trt, log = api.module, BuildLog()
     builder = trt.Builder(make_logger(trt, log))
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -78,49 +88,76 @@ def build_plan(
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.progress_monitor = _monitor(trt, progress)
-    _set_targets(api, config, targets)
+    if capabilities:
+        config.num_compute_capabilities = len(capabilities)
+        for i, capability in enumerate(capabilities):
+            config.set_compute_capability(capability, i)
     if builder_memory is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, builder_memory)
+        for pool in (trt.MemoryPoolType.WORKSPACE, trt.MemoryPoolType.TACTIC_DRAM):
+            config.set_memory_pool_limit(pool, builder_memory)
     _add_profiles(builder, config, checkpoint.spec, build, lengths=api.has_lengths)
-    cache = _timing_cache(config, timing_cache)
+    cache = open_timing_cache(api, config, timing_cache)
     data = builder.build_serialized_network(network, config)
     if data is None:
-        raise BuildError(f"TensorRT {api.version} does not build this network: {_reason(log)}")
-    if cache is not None and timing_cache is not None:
-        timing_cache.write_bytes(memoryview(cache.serialize()))
+        raise BuildError(f"{api.name} {api.version} does not build this network: {_reason(log)}")
     weight_bytes = log.weight_bytes or 0
     warnings = list(log.warnings)
-    if weight_bytes > DUPLICATED * net.weight_bytes:
+    if weight_bytes > DUPLICATED * net.weight_bytes + PADDING:
         warnings.append(
             f"the plan's weights take {weight_bytes / 1e6:.1f} MB and {net.weight_bytes / 1e6:.1f} were "
             "emitted: TensorRT holds some of them twice"
         )
+    if cache is not None and timing_cache is not None:
+        try:
+            timing_cache.write_bytes(memoryview(cache.serialize()))
+        except OSError as error:
+            warnings.append(f"the timing cache {timing_cache} cannot be written: {error.strerror}")
     prefill, decode = [*log.activation_bytes, 0, 0][:2]
     return Plan(data, net.weight_bytes, weight_bytes, (prefill, decode), log.layers(), warnings)
 
 
-def _set_targets(api: Api, config: Any, targets: Sequence[int]) -> None:
+def longest_chunk(build: BuildConfig) -> int:
+    """Most tokens of a prompt that go in one run: never more than a cache takes."""
+    return min(build.max_num_tokens, build.max_seq_len)
+
+
+def _require_cache(spec: ModelSpec, build: BuildConfig) -> None:
+    each = spec.num_key_value_heads * build.max_seq_len * spec.head_size
+    if each * build.max_batch_size > LARGEST_CACHE:
+        raise BuildError(
+            f"a layer's keys would be {build.max_batch_size} × {spec.num_key_value_heads} × "
+            f"{build.max_seq_len} × {spec.head_size} numbers, a TensorRT cache has at most 2^31 − 1: "
+            f"--max-seq-len {max(1, LARGEST_CACHE * build.max_seq_len // (each * build.max_batch_size))} "
+            f"or --max-batch-size {LARGEST_CACHE // each} would do"
+        )
+
+
+def _capabilities(api: Api, targets: Sequence[int]) -> list[Any]:
+    """The library's names for the targets."""
     if not targets:
-        return
+        return []
     if not api.builds_ahead:
         raise BuildError(
             f"{api.name} {api.version} builds for the device at hand only: leave --sm out and build on the "
             "board, or install TensorRT-RTX for RTX machines"
         )
     known = api.module.ComputeCapability.__members__
-    config.num_compute_capabilities = len(targets)
-    for i, target in enumerate(targets):
+    for target in targets:
         if f"SM{target}" not in known:
             possible = ", ".join(name[2:] for name in known if name.startswith("SM"))
-            raise BuildError(f"--sm {target}: {api.name} {api.version} builds for {possible}")
-        config.set_compute_capability(known[f"SM{target}"], i)
+            raise BuildError(
+                f"--sm {target}: {api.name} {api.version} builds for {possible}; for others build "
+                "there, with the device's own TensorRT, or use `--executor cuda`"
+            )
+    return [known[f"SM{target}"] for target in targets]
 
 
 def _add_profiles(builder: Any, config: Any, spec: ModelSpec, build: BuildConfig, *, lengths: bool) -> None:
     """Least, best and largest shape of every input, for a chunk and for a decode step."""
-    best_tokens = min(max(build.opt_num_tokens, 1), build.max_num_tokens)
+    longest = longest_chunk(build)
+    best_tokens = min(max(build.opt_num_tokens, 1), longest)
     best_batch = min(max(build.opt_batch_size, 1), build.max_batch_size)
-    chunk = ((1, 1), (1, best_tokens), (1, build.max_num_tokens))
+    chunk = ((1, 1), (1, best_tokens), (1, longest))
     decode = ((1, 1), (best_batch, 1), (build.max_batch_size, 1))
     caches = [f"past.{layer}.{part}" for layer in range(spec.num_hidden_layers) for part in ("key", "value")]
     for shapes in (chunk, decode):
@@ -135,13 +172,25 @@ def _add_profiles(builder: Any, config: Any, spec: ModelSpec, build: BuildConfig
         config.add_optimization_profile(profile)
 
 
-def _timing_cache(config: Any, path: Path | None) -> Any:
-    if path is None:
+def open_timing_cache(api: Api, config: Any, path: Path | None) -> Any:
+    """A file's cache, an empty one where it is missing or another library's; None where none is wanted.
+
+    TensorRT-RTX measures nothing when it builds: it takes a cache, and warns that it will not use it.
+
+    Raises:
+        BuildError: the file cannot be read.
+    """
+    if path is None or api.name == "tensorrt_rtx":
         return None
-    cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
-    if cache is not None:
-        config.set_timing_cache(cache, False)
-    return cache
+    try:
+        held = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise BuildError(f"--timing-cache {path} cannot be read: {error.strerror}") from error
+    for content in (held, b""):
+        cache = config.create_timing_cache(content)
+        if cache is not None and config.set_timing_cache(cache, False):
+            return cache
+    return None
 
 
 def _monitor(trt: Any, progress: Progress) -> Any:
@@ -170,6 +219,13 @@ def _monitor(trt: Any, progress: Progress) -> Any:
 
 def _reason(log: BuildLog) -> str:
     text = " ".join(log.errors) or "it gives no reason"
+    if "workspace" in text:
+        return f"no kernel gets by with what --builder-memory allows; allow more ({text[:300]})"
+    if _OUT_OF_MEMORY.search(text):
+        return (
+            f"memory ran out ({text[:300]}). End what else uses it, bound the builder with --builder-memory, "
+            "or build for smaller sizes (--max-seq-len, --max-num-tokens, --max-batch-size)"
+        )
     if "HW-specific datatypes: int4" in text:
         return "the target has no INT4 (compute capability 8.0 is the least); use `--executor cpu`"
     return text[:1000]

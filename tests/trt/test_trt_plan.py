@@ -11,8 +11,10 @@ from tiny_llama import TINY, TinyLlama
 from trt_models import trt_api
 
 from edgellm.checkpoint import open_checkpoint
+from edgellm.checkpoint.random import RandomCheckpoint
 from edgellm.enginedir import BuildConfig
 from edgellm.errors import BuildError
+from edgellm.model.spec import ModelSpec
 from edgellm.tensorrt.build_log import constants_by_type
 from edgellm.tensorrt.plan import build_plan
 
@@ -71,6 +73,30 @@ def test_a_target_that_the_library_does_not_know_is_refused(tmp_path: Path) -> N
     checkpoint = open_checkpoint(SMALL.write_gguf(tmp_path / "small.gguf", "Q4_0", "Q8_0"))
     with pytest.raises(BuildError, match=r"--sm 87: tensorrt_rtx .* builds for 75, 80, 86"):
         build_plan(checkpoint, trt_api(), _config(), targets=[87], progress=_nothing)
+
+
+def test_a_cache_beyond_what_kernels_index_is_refused_with_what_would_do() -> None:
+    spec = ModelSpec(
+        architecture="LlamaForCausalLM",
+        vocab_size=64,
+        hidden_size=256,
+        num_hidden_layers=1,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_size=128,
+        intermediate_size=64,
+        norm_epsilon=1e-5,
+        max_position_embeddings=1 << 20,
+    )
+    build = _config(max_seq_len=1 << 18, max_input_len=1000, max_batch_size=8)
+    with pytest.raises(BuildError, match=r"--max-seq-len 262143 or --max-batch-size 7 would do"):
+        build_plan(RandomCheckpoint(spec, name="wide", quant="int4"), trt_api(), build, progress=_nothing)
+
+
+def test_chunks_are_never_longer_than_a_cache(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(SMALL.write_gguf(tmp_path / "small.gguf", "Q4_0", "Q8_0"))
+    plan = build_plan(checkpoint, trt_api(), _config(max_num_tokens=512), targets=[86], progress=_nothing)
+    assert plan.warnings == []
 
 
 def test_int4_on_turing_is_refused_with_what_would_work(tmp_path: Path) -> None:
