@@ -4,23 +4,16 @@
 //   experts   a linear over groups: an active expert's weights are read once for the rows of a group
 //   combine   residual += Σ share · what the row's experts found
 //
+// Where experts have many rows each, gemm.cu's expert_gemm takes the place of `experts`, a tile for each group.
+//
 // A pair is a row with one of its experts. Groups, and pairs in them, lie in the order of experts, then of rows: the
 // same from run to run. Grids do not depend on who was chosen, so that one graph serves all steps.
 
+#include "groups.cuh"
 #include "packed.cuh"
 #include "rows.cuh"
 
 enum Epilogue { PAIRS = 0, SWIGLU = 2 };
-
-// Rows of one expert: pairs begin … begin + count − 1. In front of all groups lies one whose `expert` is their number.
-struct __align__(16) Group {
-  int expert, begin, count, unused;
-};
-
-DEVICE Group load_group(const Group* at) {
-  const int4 g = load_l2((const int4*)at);
-  return {g.x, g.y, g.z, g.w};
-}
 
 // Whether the row exists: of a decode step's, or, from token `first` on, of a chunk.
 DEVICE bool exists(const Row* rows, const Chunk* chunk, int first, int row) {
@@ -422,11 +415,11 @@ __global__ void __launch_bounds__(WARPS * 32, MOST > 8 || WARPS > 8 ? 1 : 2)
 
 // ---- combine
 
-// residual: float32 [rows, HIDDEN]; found: float32 [pairs, HIDDEN]; squares: of the new residual, float32
+// residual: float32 [rows, HIDDEN]; found: float32, or NARROW float16, [pairs, HIDDEN]; squares: of the new residual, float32
 // [rows, HIDDEN / 16], or null. Grid: (HIDDEN / 4 / threads, rows).
-template <int HIDDEN, int TOP_K>
+template <int HIDDEN, int TOP_K, bool NARROW>
 __global__ void combine(const Row* __restrict__ rows_at, const Chunk* __restrict__ chunk, int first,
-                        const int* positions, const float* shares, const float* found, float* residual,
+                        const int* positions, const float* shares, const void* found, float* residual,
                         float* squares) {
   launch_dependents();
   const int row = blockIdx.y, i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -438,7 +431,15 @@ __global__ void combine(const Row* __restrict__ rows_at, const Chunk* __restrict
     for (int k = 0; k < TOP_K; k++) {
       const int position = load_l2(positions + row * TOP_K + k);
       const float share = load_l2(shares + row * TOP_K + k);
-      const float4 v = load_l2((const float4*)(found + (u64)position * HIDDEN) + i);
+      const u64 at = (u64)position * (HIDDEN / 4) + i;
+      float4 v;
+      if constexpr (NARROW) {
+        const uint2 halves = load_l2((const uint2*)found + at);
+        const float2 low = half2_to_float2(halves.x), high = half2_to_float2(halves.y);
+        v = make_float4(low.x, low.y, high.x, high.y);
+      } else {
+        v = load_l2((const float4*)found + at);
+      }
       sum.x += share * v.x, sum.y += share * v.y, sum.z += share * v.z, sum.w += share * v.w;
     }
     float4* const at = (float4*)(residual + (u64)row * HIDDEN) + i;

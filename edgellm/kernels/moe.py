@@ -4,6 +4,8 @@ Weights of active experts alone are read, each once for all rows that chose the 
 them. Who is active shows on the device only, so a fixed grid parts whatever work there is:
 
     router (linear.cu or gemm.cu) → route → experts: gate and up → experts: down → combine
+
+Where experts have many rows each, as in a long chunk, their linears are tiles of `gemm.cu`.
 """
 
 from __future__ import annotations
@@ -15,16 +17,20 @@ from typing import Final, NamedTuple
 
 from edgellm.cuda.launch import At, Device, Kernel, Launch
 from edgellm.errors import BuildError
-from edgellm.kernels.gemm import prefill_linear, prefill_workspace
+from edgellm.kernels.gemm import TILES, Tile, prefill_linear, prefill_workspace
+from edgellm.kernels.gemm import shared_bytes as tile_bytes
 from edgellm.kernels.linear import BUCKETS, ZERO_NAMES, decode_linear, decode_workspace
 from edgellm.kernels.packing import PackedShape
 
 MOST_EXPERTS: Final = 512
 MOST_TOP_K: Final = 32
-PIECE: Final = 512
+PIECE: Final = 1024
 """Tokens of a chunk that go through the experts together: what is found for each of their pairs is kept."""
 
 _SOURCE: Final = "moe.cu"
+_TILED_ROWS: Final = 24
+_WIDE_ROWS: Final = 40
+"""Of an expert on average, from which on tiles of 32, of 64 rows are faster than groups of 16."""
 _STAGES_LEAST: Final = 4
 _STAGES_MOST: Final = 16
 _RESERVED: Final = 1 << 10
@@ -138,19 +144,29 @@ class Places(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Cuts:
-    """Of both linears, which share their groups."""
+    """Of both linears, which share their groups: a tile's tokens are a group."""
 
-    gate_up: Tuning
-    down: Tuning
+    gate_up: Tuning | Tile
+    down: Tuning | Tile
 
     def __post_init__(self) -> None:
-        if self.gate_up.most != self.down.most:
-            raise ValueError(f"groups of {self.gate_up.most} and of {self.down.most} rows in one mixture")
+        most, other = (_most(cut) for cut in (self.gate_up, self.down))
+        if most != other:
+            raise ValueError(f"groups of {most} and of {other} rows in one mixture")
 
     @property
     def most(self) -> int:
         """Rows of a group."""
-        return self.gate_up.most
+        return _most(self.gate_up)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether what experts find is float16, as tiles store it; float32 otherwise."""
+        return isinstance(self.down, Tile)
+
+
+def _most(cut: Tuning | Tile) -> int:
+    return cut.tokens if isinstance(cut, Tile) else cut.most
 
 
 def row_mixture(
@@ -263,17 +279,17 @@ def router_workspace(mixture: MixtureShape, tokens: int, device: Device, *, chun
 
 def places_of(mixture: MixtureShape, rows: int, device: Device, cuts: Cuts | None = None) -> Places:
     """What lies where in the workspace."""
-    most = (cuts or tuned(mixture, rows=rows, device=device)).most
+    cuts = cuts or tuned(mixture, rows=rows, device=device)
     pairs = rows * mixture.top_k
     sizes = (
         rows * mixture.experts * 4,
         pairs * 2,
-        (1 + groups_most(mixture, rows, most)) * _GROUP_BYTES,
+        (1 + groups_most(mixture, rows, cuts.most)) * _GROUP_BYTES,
         pairs * 4,
         pairs * 4,
         pairs * 4,
         pairs * mixture.gate_up.outputs * 2,
-        pairs * mixture.hidden * 4,
+        pairs * mixture.hidden * (2 if cuts.narrow else 4),
     )
     offsets = [0]
     for size in sizes:
@@ -293,18 +309,38 @@ def tuned(mixture: MixtureShape, *, rows: int, device: Device) -> Cuts:
     Raises:
         BuildError: not even one row fits into the device's shared memory.
     """
+    average = rows * mixture.top_k / mixture.experts
+    if average >= _TILED_ROWS and (tiles := _tiles(mixture, average, device)):
+        return tiles
     most = min(BUCKETS[-1], rows)
     groups = min(mixture.experts, rows * mixture.top_k)
     while most:
-        cuts = [_cut(shape, groups, most, device) for shape in (mixture.gate_up, mixture.down)]
-        if cuts[0] and cuts[1]:
-            return Cuts(cuts[0], cuts[1])
+        gate_up, down = (_cut(shape, groups, most, device) for shape in (mixture.gate_up, mixture.down))
+        if gate_up and down:
+            return Cuts(gate_up, down)
         most //= 2
     widest = max(mixture.gate_up.k, mixture.down.k)
     raise BuildError(
         f"experts of {widest} columns need more than the {device.shared_per_block} bytes of shared memory "
         "that a block has on this device"
     )
+
+
+def _tiles(mixture: MixtureShape, average: float, device: Device) -> Cuts | None:
+    """Tiles of both linears for experts of so many rows; none, if they do not fit the device."""
+    tokens = 64 if average >= _WIDE_ROWS else 32
+    found = [
+        next(
+            (
+                tile
+                for tile in TILES
+                if tile.tokens == tokens and 2 * tile_bytes(shape, tile) <= device.shared_per_block
+            ),
+            None,
+        )
+        for shape in (mixture.gate_up, mixture.down)
+    ]
+    return Cuts(found[0], found[1]) if found[0] and found[1] else None
 
 
 def _cut(shape: PackedShape, groups: int, most: int, device: Device) -> Tuning | None:
@@ -379,12 +415,14 @@ def _after_scores(
         (mixture.gate_up, cuts.gate_up, weights.gate_up, x, inner),
         (mixture.down, cuts.down, weights.down, inner, found),
     ):
-        yield Launch(
-            _experts(shape, cut),
-            (cut.blocks, 1, 1),
-            (groups, pair_rows, part, taken, given, shape.row_blocks, shape.outputs),
-        )
-    kernel = Kernel(_SOURCE, f"combine<{mixture.hidden}, {mixture.top_k}>", _COMBINE_THREADS)
+        if isinstance(cut, Tile):
+            kernel = _expert_gemm(shape, cut)
+            grid = (groups_most(mixture, tokens.rows, cut.tokens), -(-shape.row_blocks // cut.row_blocks), 1)
+        else:
+            kernel, grid = _experts(shape, cut), (cut.blocks, 1, 1)
+        yield Launch(kernel, grid, (groups, pair_rows, part, taken, given, shape.row_blocks, shape.outputs))
+    narrow = str(cuts.narrow).lower()
+    kernel = Kernel(_SOURCE, f"combine<{mixture.hidden}, {mixture.top_k}, {narrow}>", _COMBINE_THREADS)
     yield Launch(
         kernel,
         (-(-mixture.hidden // (4 * _COMBINE_THREADS)), tokens.rows, 1),
@@ -442,4 +480,16 @@ def _experts(shape: PackedShape, cut: Tuning) -> Kernel:
         f"experts<{weights}, {cut.most}, {epilogue}, {gathered}, {cut.warps}, {cut.warps_k}, {cut.stages}>",
         cut.warps * 32,
         shared_bytes(shape, cut),
+    )
+
+
+def _expert_gemm(shape: PackedShape, tile: Tile) -> Kernel:
+    epilogue, gathered = ("SWIGLU", "true") if shape.swiglu else ("STORE", "false")
+    weights = f"{shape.bits}, {shape.group}, {ZERO_NAMES[shape.zero]}, {shape.k}"
+    parts = f"{tile.row_blocks}, {tile.tokens}, {tile.warps_r}, {tile.warps_t}"
+    return Kernel(
+        "gemm.cu",
+        f"expert_gemm<{weights}, {parts}, {epilogue}, {gathered}, {tile.stages}>",
+        tile.threads,
+        tile_bytes(shape, tile),
     )

@@ -20,10 +20,12 @@ from edgellm.cuda.launch import At, Device, Launch
 from edgellm.kernels.gemm import prefill_workspace
 from edgellm.kernels.linear import BUCKETS, COUNTERS_BYTES
 from edgellm.kernels.moe import (
+    PIECE,
     Cuts,
     MixtureShape,
     MixtureWeights,
     Tokens,
+    Tuning,
     chunk_mixture,
     mixture_workspace,
     places_of,
@@ -182,7 +184,7 @@ def check(
     wrong = []
     if not np.array_equal(out[~there], old[~there]):
         wrong.append(f"{what}: rows that do not exist were written")
-    if tokens <= 512:
+    if tokens <= PIECE:
         chosen = chosen_by(got, mixture, tokens, device, cuts)
         if (chosen[~there] >= 0).any():
             wrong.append(f"{what}: rows that do not exist have experts")
@@ -265,7 +267,7 @@ def checks(runner: Runner, seed: int) -> list[str]:
     todo = [
         (layer, weights, tokens, chunk, cuts)
         for layer, weights in made
-        for chunk, buckets in ((False, BUCKETS), (True, (16, 128, 1024)))
+        for chunk, buckets in ((False, BUCKETS), (True, (16, 128, 512, 2048)))
         for tokens in buckets
         for cuts in (None, *([] if chunk else [_others(weights.mixture, tokens, runner.device)]))
     ]
@@ -280,14 +282,16 @@ def checks(runner: Runner, seed: int) -> list[str]:
     return wrong
 
 
+def _row_cuts(cuts: Cuts) -> tuple[Tuning, Tuning]:
+    assert isinstance(cuts.gate_up, Tuning) and isinstance(cuts.down, Tuning)
+    return cuts.gate_up, cuts.down
+
+
 def _others(mixture: MixtureShape, rows: int, device: Device) -> Cuts:
     """Cut as no device would: few blocks, each with items of several groups, and large teams."""
     best = tuned(mixture, rows=rows, device=device)
     return Cuts(
-        *(
-            replace(cut, blocks=3, warps_k=4 if cut.warps_k == 1 else 1, stages=3)
-            for cut in (best.gate_up, best.down)
-        )
+        *(replace(cut, blocks=3, warps_k=4 if cut.warps_k == 1 else 1, stages=3) for cut in _row_cuts(best))
     )
 
 
@@ -350,7 +354,7 @@ def bench(runner: Runner, group: int = 128, *, variants: bool = False) -> None:
                 speed = read / (parts[1] + parts[2]) * 1e3
                 shown = " | ".join(f"{part:.1f}" for part in parts)
                 cut = cuts or tuned(mixture, rows=rows, device=runner.device)
-                teams = f"{cut.gate_up.warps_k}, {cut.down.warps_k}"
+                teams = ", ".join(str(each.warps_k) for each in _row_cuts(cut))
                 print(
                     f"| {rows} | {teams} | {active / COPIES:.1f} | {read:.1f} | "
                     f"{whole:.1f} | {shown} | {speed:.0f} |",
@@ -375,7 +379,7 @@ def _variants(mixture: MixtureShape, rows: int, device: Device, *, variants: boo
         return found
     best = tuned(mixture, rows=rows, device=device)
     for warps_k in (1, 2, 4):
-        parts = [replace(cut, warps_k=warps_k) for cut in (best.gate_up, best.down)]
+        parts = [replace(cut, warps_k=warps_k) for cut in _row_cuts(best)]
         fitting = [
             replace(cut, stages=cut.stages - 1)
             if shared_bytes(shape, cut) > (device.shared_per_block - 1024) // 2
