@@ -196,7 +196,7 @@ template <int BITS, int GROUP, int ZERO, int K, int MOST, int WARPS, int WARPS_K
   static constexpr int RING = 0;
   static constexpr int X = RING + WARPS * STAGES * P::BYTES;
   static constexpr int SUMS = X + MOST * X_STRIDE * 2;
-  static constexpr int REDUCE = SUMS + (BITS < 16 ? K / GROUP * SUMS_STRIDE * 4 : 0);
+  static constexpr int REDUCE = (SUMS + (BITS < 16 ? K / GROUP * SUMS_STRIDE * 4 : 0) + 15) / 16 * 16;
   static constexpr int REDUCE_BYTES = WARPS_K > 1 ? WARPS * (MOST > 8 ? 2 : 1) * 512 : 0;  // twice
 };
 

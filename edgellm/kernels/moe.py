@@ -373,7 +373,7 @@ def shared_bytes(shape: PackedShape, cut: Tuning) -> int:
     if shape.bits < 16:
         size += shape.k // shape.group * max(2, cut.most) * 4
     if cut.warps_k > 1:
-        size += 2 * cut.warps * (2 if cut.most > 8 else 1) * 512
+        size = -(-size // 16) * 16 + 2 * cut.warps * (2 if cut.most > 8 else 1) * 512
     return size
 
 
