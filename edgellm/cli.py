@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -36,6 +37,10 @@ WRITE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; errors of edgellm's own are one line, not a traceback."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            # Names that are no UTF-8, a locale without our characters: shown somehow.
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = _run(arguments)
         _flush()

@@ -60,6 +60,7 @@ __all__ = [
     "is_engine",
     "new_engine",
     "open_engine",
+    "real_path",
     "seal",
     "sha256_of",
     "verify_engine",
@@ -177,6 +178,10 @@ def open_engine(path: Path) -> EngineDir:
         raise EngineError(f"{path} is not an engine directory: it has no {CONFIG}")
     raw = _read(path / CONFIG)
     version = _format_version(raw)
+    if version is None and _is_model_config(raw):
+        raise EngineError(
+            f"{path} is a checkpoint; `edgellm build {path} -o ENGINE` makes an engine directory of it"
+        )
     if version is None:
         raise EngineError(f"{path / CONFIG} is damaged, or not edgellm's; build the engine again")
     if version != FORMAT_VERSION:
@@ -222,7 +227,9 @@ def verify_engine(engine: EngineDir, progress: Progress = lambda _name, _fractio
     total, done = sum(record.bytes for record in records.values()) or 1, 0
     for name, record in records.items():
         progress(name, done / total)
-        if sha256_of(engine.path / name) != record.sha256:
+        # The CUDA executor reads its weights around the page cache; here they go through it once.
+        drop = engine.config.edgellm.executor == "cuda" and record.bytes > _CHUNK_BYTES
+        if sha256_of(engine.path / name, drop=drop) != record.sha256:
             raise EngineError(
                 f"{engine.path / name} is not as it was built: its SHA-256 differs; build the engine again"
             )
@@ -237,12 +244,19 @@ def new_engine(path: Path) -> Iterator[Path]:
     Inside, write the files, then call `seal`. If anything is raised, nothing is left behind.
 
     Raises:
-        BuildError: `path` exists and is no engine directory, or writing failed (a full disk, no permission).
+        BuildError: `path` exists and is no engine directory or is not UTF-8, or writing failed (a full disk,
+            no permission).
     """
-    path = path.resolve()
-    _check_replaceable(path)
+    path = real_path(path)
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise BuildError(
+            f"{path} is not UTF-8, and no library would load an engine there; name another place with -o"
+        ) from error
     made = False
     try:
+        _check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with new_draft(path) as draft:
             made = True
@@ -257,6 +271,11 @@ def new_engine(path: Path) -> Iterator[Path]:
             raise BuildError(f"cannot create {path}: {error.strerror} ({error.filename})") from error
         hint = "; free some space and build again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise BuildError(f"cannot write {path}: {error.strerror or error}{hint}") from error
+
+
+def real_path(path: Path) -> Path:
+    """An absolute path without symbolic links; where these go round in circles, with them."""
+    return Path(os.path.realpath(path))  # Path.resolve would raise RuntimeError, until Python 3.13
 
 
 def seal(draft: Path, config: EngineConfig, hashed: Mapping[str, str] = {}) -> EngineConfig:
@@ -284,8 +303,11 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(path: Path, *, drop: bool = False) -> str:
     """A file's SHA-256 in hex; constant memory.
+
+    Args:
+        drop: leave nothing of it in the page cache (posix_fadvise(2)).
 
     Raises:
         EngineError: the file cannot be read.
@@ -294,8 +316,12 @@ def sha256_of(path: Path) -> str:
     view = memoryview(buffer)
     try:
         with path.open("rb", buffering=0) as file:
+            done = 0
             while count := file.readinto(buffer):
                 digest.update(view[:count])
+                done += count
+                if drop and hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(file.fileno(), done - count, count, os.POSIX_FADV_DONTNEED)
     except OSError as error:
         raise EngineError(f"cannot read {path}: {error.strerror}") from error
     return digest.hexdigest()
@@ -323,6 +349,14 @@ def _format_version(raw: bytes) -> int | None:
     except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError):
         return None
     return version if isinstance(version, int) else None
+
+
+def _is_model_config(raw: bytes) -> bool:
+    """Whether a config.json is a model's, as transformers writes them."""
+    try:
+        return bool(msgspec.json.decode(raw)["architectures"])
+    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError):
+        return False
 
 
 def _check_replaceable(path: Path) -> None:

@@ -15,9 +15,11 @@ import numpy as np
 from fake_driver import FakeDriver
 from numpy.typing import NDArray
 
+from edgellm.executor.cuda_programs import HISTORY
 from edgellm.executor.sampler import Sampler
+from edgellm.kernels.adjust import AdjustmentsShape
 from edgellm.kernels.rows import CHUNK, ROW, WANTS_TOKEN
-from edgellm.kernels.sample import CHOSEN, GREEDY, SAMPLED, SAMPLING
+from edgellm.kernels.sample import ADJUSTED, CHOSEN, GREEDY, SAMPLED, SAMPLING
 from edgellm.sampling import SamplingParams
 
 Logits = NDArray[np.float32]
@@ -43,6 +45,8 @@ class FakeDevice(FakeDriver):
         self.strict = False
         self._vocab = vocab
         self._slots = slots
+        self._chosen: list[list[int]] = [[] for _ in range(slots)]
+        self._adjustments_at = 0
         self._names: dict[int, str] = {}
         self._capturing: list[tuple[str, Any, tuple[Any, ...]]] | None = None
         self._graphs: dict[int, list[tuple[str, Any, tuple[Any, ...]]]] = {}
@@ -73,6 +77,7 @@ class FakeDevice(FakeDriver):
 
     def _run(self, launches: list[tuple[str, Any, tuple[Any, ...]]]) -> None:
         first, (_, _, chosen) = launches[0], launches[-1]
+        self._adjustments_at = next(values[2] for name, _, values in launches if "adjust" in name)
         _, sampling_at, logits_at, _, last_at, results_at = chosen
         last = _array(last_at, self._slots, np.int32)
         if re.search("embed_rows", first[0]):
@@ -104,26 +109,50 @@ class FakeDevice(FakeDriver):
             return
         state = _array(places[0], self._slots, SAMPLING)[slot]
         result = _array(places[2], number + 1, SAMPLED)[number]
-        token = _sampled(state, logits)
+        if not state["index"]:
+            self._chosen[slot] = []
+        changes = None
+        if state["flags"] & ADJUSTED:
+            shape = AdjustmentsShape(self._vocab, HISTORY)
+            changes = _array(self._adjustments_at, self._slots, shape.dtype)[slot]
+        token = _sampled(state, logits, changes, self._chosen[slot])
+        self._chosen[slot].append(token)
         last[slot] = token
         result["token"], result["status"], result["logprob"] = token, CHOSEN, np.nan
         state["index"] += 1
 
 
-def _sampled(state: Any, logits: Logits) -> int:
-    """What the host's sampler chooses with a device's state."""
+def _sampled(state: Any, logits: Logits, changes: Any, chosen: list[int]) -> int:
+    """What the host's sampler chooses with a device's state, behind the tokens `chosen` before."""
     greedy = bool(state["flags"] & GREEDY)
+    adjusted: dict[str, Any] = {}
+    history = np.zeros(0, np.int32)
+    if changes is not None:
+        biases, suppressed = int(changes["biases"]), int(changes["suppressed"])
+        adjusted = {
+            "repetition_penalty": float(changes["repetition"]),
+            "presence_penalty": float(changes["presence"]),
+            "frequency_penalty": float(changes["frequency"]),
+            "logit_bias": dict(
+                zip(changes["bias_ids"][:biases].tolist(), changes["bias"].tolist(), strict=False)
+            ),
+            "min_tokens": int(changes["min_tokens"]),
+            "suppressed": tuple(changes["suppressed_ids"][:suppressed].tolist()),
+        }
+        history = changes["history"]["id"][: int(changes["seen"])].copy()
     params = SamplingParams(
         temperature=0.0 if greedy else float(1 / state["inverse_temperature"]),
         top_k=int(state["top_k"]),
         top_p=float(state["top_p"]),
         min_p=float(state["min_p"]),
         seed=int(state["seed_low"]) | int(state["seed_high"]) << 32,
+        **adjusted,
     )
     sampler = Sampler(1, len(logits))
-    sampler.bind(0, params, np.zeros(0, np.int32))
-    for _ in range(int(state["index"])):
-        sampler.record(0, 0)
+    sampler.bind(0, params, history)
+    assert int(state["index"]) == len(chosen) or not adjusted
+    for number in range(int(state["index"])):
+        sampler.record(0, chosen[number] if adjusted else 0)
     return int(sampler.sample([0], logits[None]).token[0])
 
 

@@ -80,3 +80,12 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
         left.stdout.close()
         assert left.stderr.read() == ""
         assert left.wait(20) == 141
+
+
+def test_what_the_locale_lacks_is_escaped(tmp_path: Path) -> None:
+    program = [sys.executable, "-m", "edgellm", "inspect", str(tmp_path / os.fsdecode(b"caf\xc3\xa9\xff"))]
+    for encoding, shown in (("utf-8", "caf\u00e9\\udcff"), ("ascii", "caf\\xe9\\udcff")):
+        environment = {**os.environ, "PYTHONIOENCODING": f"{encoding}:strict"}
+        done = subprocess.run(program, capture_output=True, env=environment, check=False)
+        assert (done.returncode, done.stderr) == (65, b"")
+        assert f"{shown} (checkpoint)" in done.stdout.decode(encoding)

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -195,12 +196,15 @@ def test_what_is_no_engine(tmp_path: Path) -> None:
         "[]",
         "{}",
         '{"edgellm": 1}',
-        '{"architectures": ["LlamaForCausalLM"]}',
+        '{"architectures": null}',
         "\ud7ff\x00",
     ):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(EngineError, match="damaged, or not edgellm's"):
             open_engine(tmp_path)
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    with pytest.raises(EngineError, match="is a checkpoint; `edgellm build"):
+        open_engine(tmp_path)
 
 
 def test_another_format_version_says_what_to_do(tmp_path: Path) -> None:
@@ -294,3 +298,22 @@ def test_an_unwritable_place_is_a_build_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BuildError, match=r"cannot create .*File exists \(.*/file\)"):
         _write(tmp_path / "file" / "engine")
+    (tmp_path / "circle").symlink_to("circle")
+    for place in ("circle", "circle/engine"):
+        with pytest.raises(BuildError, match="circle"):
+            _write(tmp_path / place)
+    with pytest.raises(BuildError, match="is not UTF-8"):
+        _write(tmp_path / os.fsdecode(b"engine\xff"))
+
+
+def test_an_engine_that_cannot_be_looked_into_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "engine").mkdir()
+
+    def closed(self: Path) -> Iterator[Path]:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(Path, "iterdir", closed)  # as root, no mode of the directory would do it
+    with pytest.raises(BuildError, match=r"cannot create .*engine: Permission denied"):
+        _write(tmp_path / "engine")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Protocol
 
@@ -77,6 +78,11 @@ class Checkpoint(Protocol):
             CheckpointError: the vocabulary is damaged or of a kind that edgellm does not know.
         """
         ...
+
+
+def name_of(file_name: str) -> str:
+    """A model's name from that of its file: what is no UTF-8 in it becomes U+FFFD."""
+    return os.fsencode(file_name).decode(errors="replace")
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Final, Literal
 
+from edgellm.checkpoint.base import name_of
 from edgellm.checkpoint.gguf import GgufFile, TensorInfo
 from edgellm.checkpoint.gguf_layouts import weight
 from edgellm.checkpoint.gguf_places import BIASES, HEAD_NORMS, TOP, places_of
@@ -41,7 +42,7 @@ class GgufCheckpoint:
         self.file = GgufFile(path)
         self.spec = read_spec(self.file)
         self._architecture = ARCHITECTURES[self.file.string("general.architecture")]
-        self.name = path.stem
+        self.name = name_of(path.stem)
         self._places = dict(places_of(self.spec, self._architecture))
         self._check_tensors()
         self.vocabulary = _vocabulary(self.file, self.spec)

@@ -11,7 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from edgellm.checkpoint.awq import Awq
+from edgellm.checkpoint.base import name_of
 from edgellm.checkpoint.compressed_tensors import CompressedTensors
 from edgellm.checkpoint.gptq import Gptq
 from edgellm.checkpoint.huggingface_config import CONFIG, ConfigFile, family_of, read_spec
@@ -28,6 +31,8 @@ from edgellm.model.weights import Grouped, Weight, rows_of
 _TOP: Final = frozenset({"embed_tokens", "norm", "lm_head"})
 _UNUSED: Final = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias")
 """Buffers that old transformers saved."""
+_PIECE_ELEMENTS: Final = 1 << 22
+"""Of two matrices that are compared."""
 _METHODS: Final[dict[str, Callable[[ConfigFile], Packing]]] = {
     "awq": Awq.from_config,
     "gptq": Gptq.from_config,
@@ -46,7 +51,7 @@ class HuggingFaceCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.name = path.resolve().name
+        self.name = name_of(path.resolve().name)
         config = ConfigFile.open(path / CONFIG)
         self.spec = read_qwen(config) if is_qwen(config) else read_spec(config)
         self.model = SafetensorsModel(path)
@@ -143,13 +148,29 @@ class HuggingFaceCheckpoint:
                 f"{self.path / CONFIG} has a quantization_config, but no layer has a "
                 f"{self._packing.suffixes[0]} tensor"
             )
-        if self.spec.tie_word_embeddings:
+        if self.spec.tie_word_embeddings and "lm_head.weight" in self.model.tensors:
+            self._check_tied_head("lm_head.weight", self._stored(self._places["embed_tokens"]))
             used.add("lm_head.weight")
         for name in self.model.tensors:
             if name not in used and not name.endswith(_UNUSED) and not self._is_idle_bias(name):
                 raise CheckpointError(
                     f"{self.model.where(name)} has no place in {self.spec.architecture} as config.json has it"
                 )
+
+    def _check_tied_head(self, head: str, embedding: str) -> None:
+        # Versions of transformers disagree on a head of its own in a tied model: until 4 it is ignored, since
+        # 5 it is the head.
+        one, other = self.model.tensors[head].shape, self.model.tensors[embedding].shape
+        step = max(1, _PIECE_ELEMENTS // other[1])
+        pieces = [slice(row, min(row + step, other[0])) for row in range(0, other[0], step)]
+        if one != other or not all(
+            np.array_equal(floats(self.model, head, piece), floats(self.model, embedding, piece))
+            for piece in pieces
+        ):
+            raise CheckpointError(
+                f"{self.model.where(head)} is not {embedding}, though config.json says tie_word_embeddings; "
+                "set that to false if it is the model's head, or remove the tensor if it is left over"
+            )
 
     def _is_idle_bias(self, name: str) -> bool:
         # AutoGPTQ gave every layer a bias, of zeros where the model has none.

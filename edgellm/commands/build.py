@@ -96,6 +96,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument(
         "--model-name",
+        type=_utf8,
         metavar="NAME",
         help="what to call the model (default: the file's or directory's name)",
     )
@@ -113,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
 
     from edgellm.commands.progress import progress_bar
     from edgellm.engine_draft import remove_abandoned_drafts
-    from edgellm.enginedir import new_engine, seal
+    from edgellm.enginedir import new_engine, real_path, seal
 
     started = time.monotonic()
     target = _target(args)
@@ -132,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
     quantized = None if args.random else QuantizedBuild.from_flags(args, checkpoint)
     if quantized is not None:
         checkpoint = quantized.checkpoint
-    for draft in remove_abandoned_drafts(args.output.resolve()):
+    for draft in remove_abandoned_drafts(real_path(args.output)):
         print(f"removed {draft}, left by a build that was killed", file=sys.stderr)
     with _sigterm_raises(), progress_bar() as progress, new_engine(args.output) as draft:
         _write_text(checkpoint, draft)
@@ -216,6 +217,15 @@ def refuse_model_name(path: Path) -> None:
         raise UsageError(f"{path} is no file; `edgellm fetch {path}` brings that model and prints its path")
 
 
+def _utf8(text: str) -> str:
+    """An argument's type: text that can be written into config.json."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8") from error
+    return text
+
+
 class _Target(NamedTuple):
     """What the engine is for, checked: flags that belong together, defaults filled in."""
 
@@ -287,6 +297,7 @@ def _target(args: argparse.Namespace) -> _Target:
 
 def _checkpoint(args: argparse.Namespace) -> Checkpoint:
     from edgellm.checkpoint import open_checkpoint
+    from edgellm.enginedir import is_engine
     from edgellm.errors import UsageError
 
     if (args.checkpoint is None) == (args.random is None):
@@ -299,6 +310,8 @@ def _checkpoint(args: argparse.Namespace) -> Checkpoint:
                 raise UsageError(f"--{flag.replace('_', '-')}: random weights are of one kind, --quant")
         return random_checkpoint(args.random, "fp16" if args.quant == "none" else args.quant)
     refuse_model_name(args.checkpoint)
+    if is_engine(args.checkpoint):
+        raise UsageError(f"{args.checkpoint} is an engine already: `edgellm serve {args.checkpoint}`")
     return open_checkpoint(args.checkpoint)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import unicodedata
 from dataclasses import asdict, dataclass
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 LOSSY: Final = 1
 _SHOWN: Final = 20
 """Characters of a text around where it differs."""
+_BYTE: Final = re.compile(r"(?<!\\)((?:\\\\)*)\\udc([89a-f][0-9a-f])")
+"""In what repr() gives, a byte that is no UTF-8, as PEP 383 escapes it; pairs of backslashes are others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     if args.ids:
         print(*report.ids)
     else:
-        print(json.dumps(asdict(report), ensure_ascii=False, indent=2) if args.json else _as_text(report))
+        print(_as_json(report) if args.json else _as_text(tokenizer, report))
     if report.difference is not None and args.ids:
         print(f"edgellm tokenize: {report.difference}", file=sys.stderr)
     return 0 if report.difference is None else LOSSY
@@ -234,12 +237,23 @@ def _difference(text: str, spelled: str) -> str | None:
     )
 
 
-def _as_text(report: Report) -> str:
+def _as_json(report: Report) -> str:
+    return json.dumps(asdict(report), ensure_ascii=False, indent=2)
+
+
+def _as_text(tokenizer: Tokenizer, report: Report) -> str:
     rows = [
-        f"{token:>7}  {piece if special else repr(piece)}{'  special' if special else ''}"
+        f"{token:>7}  {f'{piece}  special' if special else quoted(tokenizer.token_bytes(token))}"
         for token, piece, special in zip(report.ids, report.pieces, report.special, strict=True)
     ]
     size = len(report.text.encode())
     each = f", {size / len(report.ids):.2f} bytes a token" if report.ids else ""
     back = "they give the text back" if report.difference is None else report.difference
-    return "\n".join([*rows, f"{len(report.ids)} tokens of {size} bytes{each}; {back}"])
+    tokens = f"{len(report.ids)} token{'' if len(report.ids) == 1 else 's'}"
+    return "\n".join([*rows, f"{tokens} of {size} bytes{each}; {back}"])
+
+
+def quoted(spelled: bytes) -> str:
+    """As Python writes a text, but with the bytes of no character as it writes bytes."""
+    text = spelled.decode(errors="surrogateescape")
+    return _BYTE.sub(r"\1\\x\2", repr(text))

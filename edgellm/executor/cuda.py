@@ -39,6 +39,7 @@ from edgellm.executor.base import (
 from edgellm.executor.cuda_kernels import load_cubins
 from edgellm.executor.cuda_memory import DeviceMemory, Pinned, load_weights, pinned_size
 from edgellm.executor.cuda_programs import (
+    HISTORY,
     MOST_ROWS,
     Lowering,
     Program,
@@ -48,6 +49,7 @@ from edgellm.executor.cuda_programs import (
 )
 from edgellm.executor.cuda_steps import NOBODY, SAMPLED_LAST, StepBuffers, pieces_of
 from edgellm.executor.sampler import Sampled, Sampler
+from edgellm.kernels.adjust import adjustments_state, adjusts
 from edgellm.kernels.attention_shape import CacheKind, rope_table
 from edgellm.kernels.rows import WANTS_TOKEN
 from edgellm.kernels.sample import CHOSEN, SAMPLED, SAMPLING, chooses_on_device, sampling_state
@@ -117,6 +119,8 @@ class _Slot:
         index: of the next token to be sampled.
         on_device: whether the device can sample for its request.
         token: sampled last, if the host did it; None: the device knows.
+        adjusted: whether the device changes its logits first. What it counts, it counts alone: once the host
+            has sampled for such a request, it does so to the end.
         behind: whether the device's count of sampled tokens lacks some that the host has sampled.
         held: tokens in the cache.
     """
@@ -124,6 +128,7 @@ class _Slot:
     index: int = 0
     on_device: bool = True
     token: int | None = None
+    adjusted: bool = False
     behind: bool = False
     held: int = 0
 
@@ -141,6 +146,7 @@ class _Loaded:
     prefill: dict[int, _Graph]
     ring: list[tuple[StepBuffers, Any]]
     sampling: NDArray[Any]
+    adjustments: NDArray[Any]
     handles: list[Any] = field(default_factory=list)
 
 
@@ -260,9 +266,15 @@ class CudaExecutor:
         self._attach()
         self._sampler.bind(slot, sampling, history)
         own = self._slots[slot]
-        own.index, own.on_device, own.token, own.behind = 0, chooses_on_device(sampling), None, False
-        state.sampling[slot] = sampling_state(sampling)
-        self._upload_sampling(slot)
+        adjusting = self._shape.max_seq_len <= HISTORY
+        own.index, own.token, own.behind = 0, None, False
+        own.on_device = chooses_on_device(sampling, adjusting=adjusting)
+        own.adjusted = own.on_device and adjusts(sampling)
+        state.sampling[slot] = sampling_state(sampling, adjusting=adjusting)
+        self._upload("sampling", state.sampling[slot : slot + 1], at=slot)
+        if own.adjusted:
+            state.adjustments[slot] = adjustments_state(state.lowering.adjustments, sampling, history)
+            self._upload("adjustments", state.adjustments[slot : slot + 1], at=slot)
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the KV of the first `length` tokens from one slot to another."""
@@ -317,7 +329,7 @@ class CudaExecutor:
             own = self._slots[row.slot]
             if own.behind and row.slot not in host:
                 state.sampling[row.slot]["index"] = own.index
-                self._upload_sampling(row.slot)
+                self._upload("sampling", state.sampling[row.slot : row.slot + 1], at=row.slot)
                 own.behind = False
         started = time.monotonic()
         for number in range(0, len(singles), MOST_ROWS):
@@ -341,6 +353,7 @@ class CudaExecutor:
                 own.index += 1
                 own.token = None
                 own.behind = own.behind or row.slot in host
+                own.on_device = own.on_device and not (own.adjusted and row.slot in host)
         at = [places[row.slot] for row in wanted]
         self._open.append(_Open(self._next_ticket, buffers, wanted, by_host, at, step.mask, event, started))
         return self._next_ticket
@@ -432,8 +445,11 @@ class CudaExecutor:
         )
         pinned = Pinned(
             driver,
-            PIPELINE_DEPTH * StepBuffers.size(*sizes) + pinned_size((shape.max_batch_size,), SAMPLING),
+            PIPELINE_DEPTH * StepBuffers.size(*sizes)
+            + pinned_size((shape.max_batch_size,), SAMPLING)
+            + pinned_size((shape.max_batch_size,), lowering.adjustments.dtype),
         )
+        adjustments = pinned.take((shape.max_batch_size,), lowering.adjustments.dtype)
         ring = [(StepBuffers(pinned, *sizes), driver.event()) for _ in range(PIPELINE_DEPTH)]
         staged = pinned.take((shape.max_batch_size,), SAMPLING)
         memory.clear(stream, keep=("weights",))
@@ -469,7 +485,9 @@ class CudaExecutor:
             for size, program in programs_of_kind.items():
                 progress("graphs", sum(map(len, graphs.values())) / len(programs))
                 graphs[kind][size] = capture(program)
-        self._loaded = _Loaded(driver, stream, memory, pinned, lowering, graphs[0], graphs[1], ring, staged)
+        self._loaded = _Loaded(
+            driver, stream, memory, pinned, lowering, graphs[0], graphs[1], ring, staged, adjustments
+        )
         self._warm_up(progress)
 
     def _warm_up(self, progress: Progress) -> None:
@@ -543,17 +561,11 @@ class CudaExecutor:
         if any(row.want is not Want.NONE for row in rows):
             self._download(graph, first, len(rows), buffers, hosted)
 
-    def _upload_sampling(self, slot: int) -> None:
+    def _upload(self, name: str, array: NDArray[Any], *, at: int = 0) -> None:
+        """Send an array to a lasting buffer, to the place of the `at`-th like it."""
         state = self._device_state
-        target = state.memory.at("sampling") + slot * SAMPLING.itemsize
-        staged = state.sampling[slot : slot + 1]
-        state.driver.call("cuMemcpyHtoDAsync", target, staged.ctypes.data, SAMPLING.itemsize, state.stream)
-
-    def _upload(self, name: str, array: NDArray[Any]) -> None:
-        state = self._device_state
-        state.driver.call(
-            "cuMemcpyHtoDAsync", state.memory.at(name), array.ctypes.data, array.nbytes, state.stream
-        )
+        target = state.memory.at(name) + at * array.nbytes
+        state.driver.call("cuMemcpyHtoDAsync", target, array.ctypes.data, array.nbytes, state.stream)
 
     def _download(
         self, graph: _Graph, first: int, count: int, buffers: StepBuffers, hosted: Sequence[int]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,8 +21,10 @@ from edgellm.model.weights_file import PAGE, WeightsFile
 
 PIECE_BYTES: Final = 16 << 20
 """Of the weights file, read and sent at a time."""
-PIECES: Final = 3
-"""On their way: one being read, one being sent, one about to be."""
+READERS: Final = 4
+"""Pieces that are being read: what a disk needs to have in its queue to be fast."""
+PIECES: Final = READERS + 2
+"""On their way: those being read, and two being sent."""
 
 
 class DeviceMemory:
@@ -132,90 +135,92 @@ def load_weights(
     Raises:
         EngineError: the file cannot be read, or is shorter than its header says.
     """
-    size = -(-file.bytes // PAGE) * PAGE
-    piece = min(PIECE_BYTES, max(size, PAGE))
-    pinned = Pinned(driver, PIECES * piece)
-    buffers = [pinned.take((piece,), np.uint8) for _ in range(PIECES)]
-    events = [driver.event() for _ in buffers]
-    sent = [False] * len(buffers)
-    reader = _Reader(file.path)
+    piece = min(PIECE_BYTES, max(-(-file.bytes // PAGE) * PAGE, PAGE))
     starts = range(0, file.bytes, piece)
+    count = min(PIECES, len(starts))
+    if not count:
+        return
+    pinned = Pinned(driver, count * piece)
+    buffers = [pinned.take((piece,), np.uint8) for _ in range(count)]
+    sent = [driver.event() for _ in buffers]
+    reading: collections.deque[Future[int]] = collections.deque()
     try:
-        with ThreadPoolExecutor(1, "weights") as pool:
-            # One piece is read while the ones in front of it are sent.
-            ahead: list[Future[int]] = []
-
-            def read(index: int) -> None:
-                slot = index % PIECES
-                if sent[slot]:
-                    driver.call("cuEventSynchronize", events[slot])
-                ahead.append(pool.submit(reader.read, buffers[slot], file.data + starts[index]))
-
-            if starts:
-                read(0)
+        with ThreadPoolExecutor(READERS, "weights") as pool, _Reader(file.path) as reader:
+            begun = 0
             for index, start in enumerate(starts):
-                wanted = min(piece, file.bytes - start)
-                if ahead.pop(0).result() < wanted:
+                while begun < min(len(starts), index + READERS):
+                    slot = begun % count
+                    if begun >= count:
+                        driver.call("cuEventSynchronize", sent[slot])
+                    reading.append(pool.submit(reader.read, buffers[slot], file.data + starts[begun]))
+                    begun += 1
+                wanted, slot = min(piece, file.bytes - start), index % count
+                if reading.popleft().result() < wanted:
                     raise EngineError(f"{file.path} is cut off; build the engine again")
-                slot = index % PIECES
                 driver.call("cuMemcpyHtoDAsync", address + start, buffers[slot].ctypes.data, wanted, stream)
-                driver.call("cuEventRecord", events[slot], stream)
-                sent[slot] = True
-                if index + 1 < len(starts):
-                    read(index + 1)
+                driver.call("cuEventRecord", sent[slot], stream)
                 progress((start + wanted) / file.bytes)
             driver.call("cuStreamSynchronize", stream)
     finally:
-        reader.close()
-        for event in events:
+        for event in sent:
             driver.call("cuEventDestroy", event)
         pinned.close()
 
 
 class _Reader:
-    """Reads a file around the page cache."""
+    """Reads a file around the page cache; any thread may."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._direct = True
+        self._plain = self._open(os.O_RDONLY)
         try:
-            self._file = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+            self._direct: int | None = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
         except OSError:
-            self._direct = False
-            self._file = self._guarded(lambda: os.open(path, os.O_RDONLY))
+            self._direct = None
+
+    def __enter__(self) -> _Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in (self._plain, self._direct):
+            if descriptor is not None:
+                os.close(descriptor)
 
     def read(self, buffer: NDArray[np.uint8], offset: int) -> int:
-        """Fill the buffer from `offset` on; gives how much there was."""
-        done = 0
+        """Fill the buffer from `offset` on, a multiple of PAGE; gives how much there was.
+
+        Raises:
+            EngineError: it cannot be read.
+        """
+        done = self._read_direct(buffer, offset)
+        plain = done
         while done < buffer.nbytes:
             try:
-                count = os.preadv(self._file, [buffer[done:].data], offset + done)
+                count = os.preadv(self._plain, [buffer[done:].data], offset + done)
             except OSError as error:
-                if not self._direct:
-                    raise EngineError(f"cannot read {self._path}: {error.strerror}") from error
-                self._fall_back()
-                continue
+                raise EngineError(f"cannot read {self._path}: {error.strerror}") from error
             if count == 0:
                 break
             done += count
-            if self._direct and done % PAGE:
-                # The end of the file, or a read cut short: direct ones begin at whole pages only.
-                self._fall_back()
-        if not self._direct and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._file, offset, done, os.POSIX_FADV_DONTNEED)
+        if done > plain and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._plain, offset + plain, done - plain, os.POSIX_FADV_DONTNEED)
         return done
 
-    def close(self) -> None:
-        """Close the file."""
-        os.close(self._file)
+    def _read_direct(self, buffer: NDArray[np.uint8], offset: int) -> int:
+        """As far as the file system lets it, in whole pages."""
+        done = 0
+        while self._direct is not None and done < buffer.nbytes:
+            try:
+                count = os.preadv(self._direct, [buffer[done:].data], offset + done)
+            except OSError:
+                break  # no direct reads here; the others tell a real error
+            done += count
+            if not count or done % PAGE:
+                break  # the end of the file; direct reads begin at whole pages only
+        return done
 
-    def _fall_back(self) -> None:
-        self._direct = False
-        os.close(self._file)
-        self._file = self._guarded(lambda: os.open(self._path, os.O_RDONLY))
-
-    def _guarded(self, function: Callable[[], int]) -> int:
+    def _open(self, flags: int) -> int:
         try:
-            return function()
+            return os.open(self._path, flags)
         except OSError as error:
             raise EngineError(f"cannot read {self._path}: {error.strerror}") from error

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from edgellm.cuda.launch import At, Device, Kernel, Launch
+from edgellm.kernels.adjust import AdjustmentsShape, adjust
 from edgellm.kernels.attention_decode import decode_attention
 from edgellm.kernels.attention_decode import decode_workspace as attention_workspace
 from edgellm.kernels.attention_prefill import prefill_attention, rope_and_append
@@ -46,6 +47,9 @@ ChunkEpilogue = Literal["store", "residual", "swiglu"]
 MOST_ROWS: Final = BUCKETS[-1]
 """Of a decode program; more rows are several."""
 SMALLEST_PREFILL: Final = 16
+HISTORY: Final = 8192
+"""Distinct tokens of a slot that the device can penalise; in longer slots penalties are the host's. One
+number for all engines, so that their kernels do not depend on how long a slot is."""
 MOST_TOKENS: Final = 2048
 """Of a prefill program; longer pieces are several."""
 
@@ -112,6 +116,7 @@ class Lowering:
         self._device = device
         self._weights = weights
         self._weights_bytes = weights_bytes
+        self.adjustments = AdjustmentsShape(spec.vocab_size, HISTORY)
         capacity = -(-shape.max_seq_len // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE
         self._attention = [
             AttentionShape(
@@ -155,6 +160,7 @@ class Lowering:
             "chunk": CHUNK.itemsize + prefill_buckets(shape)[-1] * 4,
             "last_token": shape.max_batch_size * 4,
             "sampling": shape.max_batch_size * SAMPLING.itemsize,
+            "adjustments": shape.max_batch_size * self.adjustments.dtype.itemsize,
             "results": rows * SAMPLED.itemsize,
             "linear_workspace": self._linear_workspace,
             "prefill_workspace": self._prefill_workspace,
@@ -366,6 +372,15 @@ class Lowering:
         network = self._network
         yield from self._row_linear(
             network.head, rows, residual, At("logits"), norm=network.norm, epilogue="logits"
+        )
+        yield from adjust(
+            self.adjustments,
+            rows=rows,
+            rows_at=rows_at,
+            sampling=At("sampling"),
+            adjustments=At("adjustments"),
+            last_token=At("last_token"),
+            logits=At("logits"),
         )
         yield from sample(
             self._spec.vocab_size,

@@ -1,26 +1,41 @@
 // Attention of a decode step: one new token for each row, over all that its slot holds.
 //
 // A row's tokens are cut into pieces of 16 · WARPS, one tile of 16 for each warp. Laid end to end, the pieces of all
-// rows are dealt evenly to gridDim.x blocks for each KV head: a row's pieces may lie in several blocks, which then
-// leave partial sums, and a block's pieces in several rows. The grid does not depend on the lengths.
+// rows, KV head after KV head, are dealt evenly to the grid's blocks: a row's pieces may lie in several blocks, which
+// then leave partial sums, and a block's pieces in several rows. The grid does not depend on the lengths.
 // `attention_decode.py` has the same arithmetic.
+//
+// With compute capability 9 each row and KV head has a cluster of CLUSTER blocks instead, among which its pieces are
+// dealt; their sums meet in the first block's shared memory, which takes a fraction of the way through L2.
 #include "attention.cuh"
 #include "rows.cuh"
 
 constexpr int TILE = 16;  // tokens
 
-// D: head size. QUERIES: query heads of a KV head. Shared memory, dynamic: a ring of STAGES tiles for each warp.
-// Grid: (blocks, KV_HEADS), at most 32 rows.
-template <int D, int QUERIES, int KV_HEADS, bool INT8, bool NORM, int WARPS, int STAGES>
-__global__ void __launch_bounds__(WARPS * 32)
-    attention_decode(int row_count, int max_seq, const Row* __restrict__ rows, const u16* qkv,
-                     const float* __restrict__ angles, const float* __restrict__ q_gain, const float* __restrict__ k_gain,
-                     float epsilon, float scale, u8* keys, u8* values, u16* key_scales, u16* value_scales, u16* out,
-                     float* partials, u32* counters) {
+// A cluster's blocks: what was written before the arrival is seen after the wait.
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+
+// To the same place of the cluster's first block.
+DEVICE void store_to_first(float4* place, float4 v) {
+  u32 address;
+  asm("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(address) : "r"(shared_address(place)));
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z),
+               "f"(v.w)
+               : "memory");
+}
+
+// D: head size. QUERIES: query heads of a KV head. CLUSTER: blocks of one, 1 where there are none.
+template <int D, int QUERIES, int KV_HEADS, bool INT8, bool NORM, int WARPS, int STAGES, int CLUSTER>
+DEVICE void attend(int row_count, int max_seq, const Row* __restrict__ rows, const u16* qkv,
+                   const float* __restrict__ angles, const float* __restrict__ q_gain, const float* __restrict__ k_gain,
+                   float epsilon, float scale, u8* keys, u8* values, u16* key_scales, u16* value_scales, u16* out,
+                   float* partials, u32* counters) {
   using Cache = CacheRow<D, INT8>;
   constexpr int PIECE = TILE * WARPS, STEPS = D / 16, GROUPS = (QUERIES + 7) / 8;
   constexpr int HEADS = KV_HEADS * QUERIES, WIDTH = (HEADS + 2 * KV_HEADS) * D;
   constexpr int MATRIX = TILE * Cache::STRIDE, SCALES = INT8 ? 2 * TILE * 2 : 0, STAGE = 2 * MATRIX + SCALES;
+  constexpr int GATHERED = QUERIES * D / 4 + QUERIES;
   constexpr int PARTIAL = (QUERIES * (D + 2) + 3) / 4 * 4;  // floats
   constexpr int ITEMS = (QUERIES + 2 + WARPS - 1) / WARPS;
   static_assert(D % 16 == 0 && D <= 128);
@@ -35,10 +50,9 @@ __global__ void __launch_bounds__(WARPS * 32)
 
   launch_dependents();
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  const int head = blockIdx.y;
-
-  // Lane i knows row i.
-  Row mine = lane < row_count ? rows[lane] : Row{-1, 0, 0, 0};
+  // Lane i knows row i. In a cluster there are no others.
+  const bool concerned = CLUSTER > 1 ? lane == int(blockIdx.z) : lane < row_count;
+  Row mine = concerned ? rows[lane] : Row{-1, 0, 0, 0};
   const int pieces = mine.slot < 0 ? 0 : mine.past / PIECE + 1;
   int ends = pieces;
 #pragma unroll
@@ -46,40 +60,47 @@ __global__ void __launch_bounds__(WARPS * 32)
     int before = __shfl_up_sync(FULL_WARP, ends, o);
     if (lane >= o) ends += before;
   }
-  const int total = __shfl_sync(FULL_WARP, ends, 31);
-  const int share = (total + int(gridDim.x) - 1) / int(gridDim.x);
-  const int begin = int(blockIdx.x) * share, end = min(begin + share, total);
+  const int total = __shfl_sync(FULL_WARP, ends, 31), all = CLUSTER > 1 ? total : total * KV_HEADS;
+  const int share = (all + int(gridDim.x) - 1) / int(gridDim.x);
+  const int begin = int(blockIdx.x) * share, end = min(begin + share, all);
+  if (CLUSTER > 1 && total > 0) cluster_arrive();  // this block's shared memory is there
   if (begin >= end) {
     wait_for_previous();
+    if (CLUSTER > 1 && total > 0) {
+      cluster_wait();
+      cluster_arrive();
+    }
     return;
   }
   auto row_of = [&](int piece) { return __ffs(__ballot_sync(FULL_WARP, ends > piece)) - 1; };
 
-  // The tile of this warp in the block's piece `begin + i`. The new token is not in the cache yet.
+  // The tile of this warp in the block's piece `begin + i`. A tile is one stretch of the cache; the new token is not
+  // there yet.
   u8* const my_ring = ring + warp * STAGES * STAGE;
   auto fetch = [&](int i) {
     if (begin + i < end) {
-      const int row = row_of(begin + i);
+      const int head = CLUSTER > 1 ? int(blockIdx.y) : (begin + i) / total;
+      const int piece = CLUSTER > 1 ? begin + i : begin + i - head * total;
+      const int row = CLUSTER > 1 ? int(blockIdx.z) : row_of(piece);
       const int slot = __shfl_sync(FULL_WARP, mine.slot, row), past = __shfl_sync(FULL_WARP, mine.past, row);
-      const int first = begin + i - __shfl_sync(FULL_WARP, ends - pieces, row);
+      const int first = CLUSTER > 1 ? piece : piece - __shfl_sync(FULL_WARP, ends - pieces, row);
       const int token = first * PIECE + warp * TILE;
-      const u64 at = (u64(slot) * KV_HEADS + head) * max_seq + token;
-      u8* const stage = my_ring + (i % STAGES) * STAGE;
+      if (token < past) {
+        const u64 at = (u64(slot) * KV_HEADS + head) * max_seq + token;
+        const u8* const key = keys + at * Cache::BYTES + lane * 16;
+        const u8* const value = values + at * Cache::BYTES + lane * 16;
+        u8* const stage = my_ring + (i % STAGES) * STAGE;
 #pragma unroll
-      for (int j = 0; j < (TILE * Cache::UNITS + 31) / 32; j++) {
-        const int unit = j * 32 + lane, in_tile = unit / Cache::UNITS, part = unit % Cache::UNITS;
-        if (TILE * Cache::UNITS % 32 == 0 || unit < TILE * Cache::UNITS) {
-          const bool wanted = token + in_tile < past;
-          const u64 from = wanted ? (at + in_tile) * Cache::BYTES + part * 16 : 0;
-          u8* const to = stage + in_tile * Cache::STRIDE + part * 16;
-          copy_async(to, keys + from, wanted);
-          copy_async(to + MATRIX, values + from, wanted);
+        for (int j = 0; j < (TILE * Cache::UNITS + 31) / 32; j++) {
+          const int unit = j * 32 + lane, in_tile = unit / Cache::UNITS, part = unit % Cache::UNITS;
+          if (TILE * Cache::UNITS % 32 == 0 || unit < TILE * Cache::UNITS) {
+            u8* const to = stage + in_tile * Cache::STRIDE + part * 16;
+            copy_async(to, key + j * 512, token + in_tile < past);
+            copy_async(to + MATRIX, value + j * 512, token + in_tile < past);
+          }
         }
-      }
-      if (INT8 && lane < 4) {
-        const u16* from = (lane < 2 ? key_scales : value_scales) + at + (lane & 1) * 8;
-        const bool wanted = token < past;
-        copy_async(stage + 2 * MATRIX + lane * 16, wanted ? from : key_scales, wanted);
+        if (INT8 && lane < 4)
+          copy_async(stage + 2 * MATRIX + lane * 16, (lane < 2 ? key_scales : value_scales) + at + (lane & 1) * 8);
       }
     }
     copy_async_commit();
@@ -95,9 +116,12 @@ __global__ void __launch_bounds__(WARPS * 32)
 
   bool waited = false;
   for (int i = 0; begin + i < end;) {
-    const int row = row_of(begin + i);
+    const int head = CLUSTER > 1 ? int(blockIdx.y) : (begin + i) / total;
+    const int before = CLUSTER > 1 ? 0 : head * total;  // pieces of the heads before
+    const int row = row_of(begin + i - before);
     const int slot = __shfl_sync(FULL_WARP, mine.slot, row), past = __shfl_sync(FULL_WARP, mine.past, row);
-    const int row_end = __shfl_sync(FULL_WARP, ends, row), row_begin = row_end - __shfl_sync(FULL_WARP, pieces, row);
+    const int row_end = before + __shfl_sync(FULL_WARP, ends, row);
+    const int row_begin = row_end - __shfl_sync(FULL_WARP, pieces, row);
     const int until = min(end, row_end) - begin;
     const bool whole = begin + i == row_begin && begin + until == row_end;
     const bool has_new = begin + until == row_end;
@@ -168,6 +192,11 @@ __global__ void __launch_bounds__(WARPS * 32)
       const int token = (begin + i - row_begin) * PIECE + warp * TILE;
       if (token <= past) {
         if (past < token + TILE) {
+          if (past == token) {  // nothing was fetched; what is multiplied by 0 must be finite
+            for (int unit = lane; unit < 2 * MATRIX / 16; unit += 32)
+              *(uint4*)(stage + unit * 16) = make_uint4(0u, 0u, 0u, 0u);
+            __syncwarp();
+          }
           u8* const to = stage + (past - token) * Cache::STRIDE;
           if (lane < 2 * Cache::UNITS) {
             const int kind = lane / Cache::UNITS, part = lane % Cache::UNITS;
@@ -178,7 +207,8 @@ __global__ void __launch_bounds__(WARPS * 32)
         }
 
         // Logits: tokens g and g + 8 × queries 2t and 2t + 1.
-        float c[GROUPS][4] = {};
+        // Two sums for each, so that half as many products wait for each other.
+        float c[GROUPS][4] = {}, odd[GROUPS][4] = {};
         if constexpr (INT8) {
           const u8* const at = stage + ((lane >> 3 & 1) * 8 + (lane & 7)) * Cache::STRIDE + (lane >> 4) * 16;
 #pragma unroll
@@ -191,14 +221,9 @@ __global__ void __launch_bounds__(WARPS * 32)
               const u32 a2 = codes_to_half2<0x4342>(w[2 * half]), a3 = codes_to_half2<0x4342>(w[2 * half + 1]);
 #pragma unroll
               for (int group = 0; group < GROUPS; group++)
-                mma(c[group], a0, a1, a2, a3, q[group][s + half][0], q[group][s + half][1]);
+                mma(half ? odd[group] : c[group], a0, a1, a2, a3, q[group][s + half][0], q[group][s + half][1]);
             }
           }
-          const u16* const of = (const u16*)(stage + 2 * MATRIX);
-          const float low = half_to_float(of[g]), high = half_to_float(of[g + 8]);
-#pragma unroll
-          for (int group = 0; group < GROUPS; group++)
-            c[group][0] *= low, c[group][1] *= low, c[group][2] *= high, c[group][3] *= high;
         } else {
           const u8* const at = stage + ((lane >> 3 & 1) * 8 + (lane & 7)) * Cache::STRIDE + (lane >> 4) * 16;
 #pragma unroll
@@ -207,9 +232,18 @@ __global__ void __launch_bounds__(WARPS * 32)
             load_matrices(a, at + s * 32);
 #pragma unroll
             for (int group = 0; group < GROUPS; group++)
-              mma(c[group], a[0], a[1], a[2], a[3], q[group][s][0], q[group][s][1]);
+              mma(s & 1 ? odd[group] : c[group], a[0], a[1], a[2], a[3], q[group][s][0], q[group][s][1]);
           }
         }
+        float low_scale = 1.f, high_scale = 1.f;
+        if (INT8) {
+          const u16* const of = (const u16*)(stage + 2 * MATRIX);
+          low_scale = half_to_float(of[g]), high_scale = half_to_float(of[g + 8]);
+        }
+#pragma unroll
+        for (int group = 0; group < GROUPS; group++)
+#pragma unroll
+          for (int e = 0; e < 4; e++) c[group][e] = (c[group][e] + odd[group][e]) * (e < 2 ? low_scale : high_scale);
 
         const bool low_there = token + g <= past, high_there = token + g + 8 <= past;
         float low_factor = 1.f, high_factor = 1.f;
@@ -306,13 +340,15 @@ __global__ void __launch_bounds__(WARPS * 32)
     const int first_block = row_begin / share, last_block = (row_end - 1) / share;
     auto place = [&](int block) {
       const int second = block == first_block && row_begin != block * share;
-      return partials + u64((block * 2 + second) * KV_HEADS + head) * PARTIAL;
+      return partials + u64(block * 2 + second) * PARTIAL;
     };
     u16* const to = out + u64(row) * HEADS * D + head * QUERIES * D;
     auto finish = [&](int unit, float4 v, float total_sum) {
       const float r = 1.f / total_sum;
       ((uint2*)to)[unit] = make_uint2(pack_half2(v.x * r, v.y * r), pack_half2(v.z * r, v.w * r));
     };
+    float4* const gathered = (float4*)(ring + WARPS * STAGES * STAGE);  // of each block its sums, then the statistics
+    if (CLUSTER > 1) cluster_wait();
     for (int unit = threadIdx.x; unit < QUERIES * D / 4; unit += WARPS * 32) {
       const int which = unit / (D / 4), d = unit % (D / 4) * 4;
       float m = NOTHING, total_sum = 0.f;
@@ -326,13 +362,41 @@ __global__ void __launch_bounds__(WARPS * 32)
         total_sum += f * statistics[w][which].y;
         v.x += f * a.x, v.y += f * a.y, v.z += f * a.z, v.w += f * a.w;
       }
-      if (whole) {
+      if constexpr (CLUSTER > 1) {
+        float4* const place = gathered + blockIdx.x * GATHERED;
+        store_to_first(place + unit, v);
+        if (d == 0) store_to_first(place + QUERIES * D / 4 + which, make_float4(m, total_sum, 0.f, 0.f));
+      } else if (whole) {
         finish(unit, v, total_sum);
       } else {
         float* const p = place(blockIdx.x);
         ((float4*)p)[unit] = v;
         if (d == 0) ((float2*)(p + QUERIES * D))[which] = make_float2(m, total_sum);
       }
+    }
+    if constexpr (CLUSTER > 1) {
+      cluster_arrive();
+      if (blockIdx.x != 0) return;
+      cluster_wait();
+      for (int unit = threadIdx.x; unit < QUERIES * D / 4; unit += WARPS * 32) {
+        const int which = unit / (D / 4);
+        float m = NOTHING, total_sum = 0.f;
+        float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+        for (int block = 0; block < CLUSTER; block++)
+          if (block <= last_block) m = fmaxf(m, gathered[block * GATHERED + QUERIES * D / 4 + which].x);
+#pragma unroll
+        for (int block = 0; block < CLUSTER; block++)
+          if (block <= last_block) {
+            const float4 s = gathered[block * GATHERED + QUERIES * D / 4 + which];
+            const float4 a = gathered[block * GATHERED + unit];
+            const float f = exp2_fast(s.x - m);
+            total_sum += f * s.y;
+            v.x += f * a.x, v.y += f * a.y, v.z += f * a.z, v.w += f * a.w;
+          }
+        finish(unit, v, total_sum);
+      }
+      return;
     }
     if (whole) continue;
 
@@ -363,3 +427,28 @@ __global__ void __launch_bounds__(WARPS * 32)
     }
   }
 }
+
+// Shared memory, dynamic: a ring of STAGES tiles for each warp. Grid: blocks. At most 32 rows.
+template <int D, int QUERIES, int KV_HEADS, bool INT8, bool NORM, int WARPS, int STAGES>
+__global__ void __launch_bounds__(WARPS * 32, 1)
+    attention_decode(int row_count, int max_seq, const Row* __restrict__ rows, const u16* qkv,
+                     const float* __restrict__ angles, const float* __restrict__ q_gain, const float* __restrict__ k_gain,
+                     float epsilon, float scale, u8* keys, u8* values, u16* key_scales, u16* value_scales, u16* out,
+                     float* partials, u32* counters) {
+  attend<D, QUERIES, KV_HEADS, INT8, NORM, WARPS, STAGES, 1>(row_count, max_seq, rows, qkv, angles, q_gain, k_gain,
+                                                             epsilon, scale, keys, values, key_scales, value_scales,
+                                                             out, partials, counters);
+}
+
+// The ring, then room for every block's sums. Grid: (CLUSTER, KV_HEADS, rows).
+#if __CUDA_ARCH__ >= 900
+template <int D, int QUERIES, int KV_HEADS, bool INT8, bool NORM, int WARPS, int STAGES, int CLUSTER>
+__global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(WARPS * 32, 1)
+    attention_decode_cluster(int max_seq, const Row* __restrict__ rows, const u16* qkv, const float* __restrict__ angles,
+                             const float* __restrict__ q_gain, const float* __restrict__ k_gain, float epsilon,
+                             float scale, u8* keys, u8* values, u16* key_scales, u16* value_scales, u16* out) {
+  attend<D, QUERIES, KV_HEADS, INT8, NORM, WARPS, STAGES, CLUSTER>(int(gridDim.z), max_seq, rows, qkv, angles, q_gain,
+                                                                   k_gain, epsilon, scale, keys, values, key_scales,
+                                                                   value_scales, out, nullptr, nullptr);
+}
+#endif

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Final
 
 from edgellm.cuda.launch import At, Device, Kernel, Launch
@@ -17,8 +18,15 @@ TILE: Final = 16
 MOST_ROWS: Final = 32
 """A lane of a warp knows each row."""
 
-_WARPS: Final = 4
-_MOST_STAGES: Final = 3
+_SOURCE: Final = "attention_decode.cu"
+
+_CLUSTER_SM: Final = 90
+_CLUSTER_MULTIPROCESSORS: Final = 64
+"""Fewer are too few for clusters to find room, and are filled without."""
+_MOST_CLUSTERED: Final = 8
+"""What every device with clusters can do."""
+
+_MOST_SHARED: Final = 224 * 1024
 _STATIC_SHARED: Final = 1024
 """Shared memory that the kernel declares itself, beside the sums and queries that depend on its shape."""
 
@@ -30,12 +38,14 @@ class Plan:
     Attributes:
         warps: of a block.
         stages: tiles that each warp has on their way.
-        blocks: for each KV head.
+        blocks: in all; in clusters, for each row and KV head.
+        clusters: whether a row's blocks are a cluster.
     """
 
     warps: int
     stages: int
     blocks: int
+    clusters: bool = False
 
     @property
     def piece(self) -> int:
@@ -43,32 +53,55 @@ class Plan:
         return TILE * self.warps
 
 
-def plan(shape: AttentionShape, *, rows: int, device: Device, blocks_per_multiprocessor: int = 1) -> Plan:
-    """Blocks enough to fill the device once, no more than there can be pieces.
+def plan(shape: AttentionShape, *, rows: int, device: Device) -> Plan:
+    """Blocks enough to fill the device, no more than there can be pieces.
 
     Raises:
         BuildError: more rows than a warp has lanes.
     """
     if rows > MOST_ROWS:
         raise BuildError(f"decode attention takes {MOST_ROWS} rows at most, not {rows}")
-    # Two blocks of a multiprocessor, and the product that comes next, should fit side by side.
-    room = min(device.shared_per_block, 96 * 1024) - _static_shared(shape)
-    stages = max(1, min(_MOST_STAGES, room // (_WARPS * _stage_bytes(shape))))
-    filled = max(1, device.multiprocessors * blocks_per_multiprocessor // shape.kv_heads)
-    pieces = rows * -(-shape.max_seq // (TILE * _WARPS))
-    return Plan(_WARPS, stages, min(filled, pieces))
+    size = _cluster_size(shape, rows, device)
+    gathered = size * _gathered_bytes(shape) if size > 1 else 0
+    # Clusters of 4 or 8 do not find every multiprocessor: two blocks should fit on one, or some have to wait.
+    crowded = size > 2 and 2 * rows * shape.kv_heads * size > device.multiprocessors
+    room = min(device.shared_per_block, _MOST_SHARED // (2 if crowded else 1)) - gathered
+
+    def fitting(warps: int) -> int:
+        return (room - _static_shared(shape, warps)) // (warps * _stage_bytes(shape))
+
+    warps = 8 if shape.queries <= 8 and fitting(8) >= 1 else 4
+    # A short context is in flight at once; smaller blocks leave more room for what comes next.
+    short = size > 1 and rows == 1 and shape.max_seq <= 2048
+    stages = max(1, min(1 if short else 2 if shape.kv == "fp16" else 3, fitting(warps)))
+    if size > 1:
+        return Plan(warps, stages, size, clusters=True)
+    pieces = rows * shape.kv_heads * -(-shape.max_seq // (TILE * warps))
+    return Plan(warps, stages, min(device.multiprocessors, pieces))
+
+
+def _cluster_size(shape: AttentionShape, rows: int, device: Device) -> int:
+    """Blocks of a cluster: as many as have a multiprocessor each; 1: clusters are not worth it."""
+    if device.sm < _CLUSTER_SM or device.multiprocessors < _CLUSTER_MULTIPROCESSORS:
+        return 1
+    size = _MOST_CLUSTERED
+    while size > 1 and rows * shape.kv_heads * size > device.multiprocessors:
+        size //= 2
+    return size
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """What one block does for one row: pieces `first` … `last` of the row, both included.
+    """What one block does for one row and KV head: the row's pieces `first` … `last`, both included.
 
     Attributes:
+        head: the KV head.
         row: index in the step's rows.
         whole: whether these are all of the row's pieces.
         place: where in the block's two partial sums it leaves its own, unless whole.
     """
 
+    head: int
     row: int
     first: int
     last: int
@@ -76,31 +109,47 @@ class Segment:
     place: int
 
 
-def segments(plan: Plan, pasts: Sequence[int | None]) -> Iterator[tuple[int, Segment]]:
-    """The kernel's own arithmetic: (block, segment) of each KV head, for rows of these lengths.
+def segments(plan: Plan, kv_heads: int, pasts: Sequence[int | None]) -> Iterator[tuple[int, Segment]]:
+    """The kernel's own arithmetic: (block, segment) for rows of these lengths.
 
     Args:
         pasts: tokens in front of each row's new one; None for nobody's row.
+
+    In clusters blocks are numbered across rows and heads.
     """
     pieces = [0 if past is None else past // plan.piece + 1 for past in pasts]
-    total = sum(pieces)
-    share = -(-total // plan.blocks)
-    for block in range(plan.blocks):
+    if plan.clusters:
+        for i, (row, head) in enumerate(product(range(len(pieces)), range(kv_heads))):
+            for block, each in _dealt(plan.blocks, [(head, row, pieces[row])]):
+                yield i * plan.blocks + block, each
+        return
+    yield from _dealt(
+        plan.blocks, [(head, row, count) for head in range(kv_heads) for row, count in enumerate(pieces)]
+    )
+
+
+def _dealt(blocks: int, work: Sequence[tuple[int, int, int]]) -> Iterator[tuple[int, Segment]]:
+    """Deal (head, row, pieces), laid end to end, evenly to blocks."""
+    total = sum(count for _, _, count in work)
+    share = -(-total // blocks)
+    for block in range(blocks):
         begin, end = block * share, min((block + 1) * share, total)
         start = 0
-        for row, count in enumerate(pieces):
+        for head, row, count in work:
             first, last = max(begin, start), min(end, start + count) - 1
             if first <= last:
                 whole = last - first + 1 == count
                 second = block == start // share and start != begin
-                yield block, Segment(row, first - start, last - start, whole, int(second))
+                yield block, Segment(head, row, first - start, last - start, whole, int(second))
             start += count
 
 
 def decode_workspace(shape: AttentionShape, *, rows: int, device: Device) -> int:
     """Bytes needed; the first `counter_bytes` must be zero before the first launch, and are after it."""
     cut = plan(shape, rows=rows, device=device)
-    return counter_bytes(shape, rows=rows) + cut.blocks * 2 * shape.kv_heads * _partial_bytes(shape)
+    if cut.clusters:
+        return counter_bytes(shape, rows=rows)
+    return counter_bytes(shape, rows=rows) + cut.blocks * 2 * _partial_bytes(shape)
 
 
 def counter_bytes(shape: AttentionShape, *, rows: int) -> int:
@@ -136,19 +185,23 @@ def decode_attention(
     cut = plan(shape, rows=rows, device=device)
     flags = (true_or_false(shape.kv == "int8"), true_or_false(shape.qk_norm))
     numbers = (shape.head_size, shape.queries, shape.kv_heads, *flags, cut.warps, cut.stages)
-    kernel = Kernel(
-        "attention_decode.cu",
-        f"attention_decode<{', '.join(map(str, numbers))}>",
-        cut.warps * 32,
-        cut.warps * cut.stages * _stage_bytes(shape),
-    )
+    shared = cut.warps * cut.stages * _stage_bytes(shape)
     arguments = (
-        *(rows, shape.max_seq, rows_at, qkv, rope, norms.q, norms.k, shape.epsilon),
+        *(shape.max_seq, rows_at, qkv, rope, norms.q, norms.k, shape.epsilon),
         shape.scale * math.log2(math.e),
         *(cache.keys, cache.values, cache.key_scales, cache.value_scales, out),
-        *(workspace + counter_bytes(shape, rows=rows), workspace),
     )
-    return [Launch(kernel, (cut.blocks, shape.kv_heads, 1), arguments)]
+    if cut.clusters:
+        kernel = Kernel(
+            _SOURCE,
+            f"attention_decode_cluster<{', '.join(map(str, (*numbers, cut.blocks)))}>",
+            cut.warps * 32,
+            shared + cut.blocks * _gathered_bytes(shape),
+        )
+        return [Launch(kernel, (cut.blocks, shape.kv_heads, rows), arguments)]
+    kernel = Kernel(_SOURCE, f"attention_decode<{', '.join(map(str, numbers))}>", cut.warps * 32, shared)
+    partials = workspace + counter_bytes(shape, rows=rows)
+    return [Launch(kernel, (cut.blocks, 1, 1), (rows, *arguments, partials, workspace))]
 
 
 def _stage_bytes(shape: AttentionShape) -> int:
@@ -156,11 +209,16 @@ def _stage_bytes(shape: AttentionShape) -> int:
     return 2 * TILE * shape.shared_row_bytes + (2 * TILE * 2 if shape.kv == "int8" else 0)
 
 
-def _static_shared(shape: AttentionShape) -> int:
-    sums = _WARPS * shape.queries * (shape.head_size + 4 + 2) * 4
+def _static_shared(shape: AttentionShape, warps: int) -> int:
+    sums = warps * shape.queries * (shape.head_size + 4 + 2) * 4
     return sums + shape.queries * (shape.head_size + 8) * 2 + _STATIC_SHARED
 
 
 def _partial_bytes(shape: AttentionShape) -> int:
     """Sums of every query head, then the largest logit and the sum of weights of each; a multiple of 16."""
     return -(-shape.queries * (shape.head_size + 2) * 4 // 16) * 16
+
+
+def _gathered_bytes(shape: AttentionShape) -> int:
+    """What a block of a cluster leaves in the first one's shared memory."""
+    return shape.queries * (shape.head_size + 4) * 4

@@ -15,10 +15,12 @@ import msgspec
 from edgellm.cuda.launch import Device
 from edgellm.engine_config import Compute
 from edgellm.executor.cuda_programs import (
+    HISTORY,
     Lowering,
     decode_buckets,
     prefill_buckets,
 )
+from edgellm.kernels.adjust import AdjustmentsShape
 from edgellm.kernels.attention_shape import CacheKind
 from edgellm.memory.arena import aligned
 from edgellm.memory.device import context_line, graphs_line, pinned_line, process_line, sampling_line
@@ -66,7 +68,12 @@ class CudaFootprint:
             process_line(),
             tokenizer_line(spec),
             sampling_line(spec, shape),
-            pinned_line(spec, shape, longest=min(prefill_buckets(shape)[-1], shape.max_num_tokens)),
+            pinned_line(
+                spec,
+                shape,
+                longest=min(prefill_buckets(shape)[-1], shape.max_num_tokens),
+                adjustments=AdjustmentsShape(spec.vocab_size, HISTORY).dtype.itemsize,
+            ),
             context_line(),
             graphs_line(nodes),
             Line("weights", self.weights_bytes, f"{number(self.weights_bytes)} B, packed", "device"),

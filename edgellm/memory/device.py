@@ -46,10 +46,15 @@ def graphs_line(launches: int) -> Line:
     return Line("graphs", launches * GRAPH_NODE, formula, "device")
 
 
-def pinned_line(spec: ModelSpec, shape: Shape, *, longest: int) -> Line:
-    """What goes across; `longest`: tokens of a prompt's piece."""
+def pinned_line(spec: ModelSpec, shape: Shape, *, longest: int, adjustments: int = 0) -> Line:
+    """What goes across.
+
+    Args:
+        longest: tokens of a prompt's piece.
+        adjustments: bytes for what a request wants changed of its logits.
+    """
     step = StepBuffers.size(shape, spec.vocab_size, longest)
-    slots = aligned(shape.max_batch_size * SAMPLING.itemsize)
+    slots = aligned(shape.max_batch_size * SAMPLING.itemsize) + aligned(shape.max_batch_size * adjustments)
     return Line(
         "pinned",
         DEPTH * step + slots,

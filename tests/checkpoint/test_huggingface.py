@@ -251,10 +251,26 @@ def test_tensors_that_are_refused(tensors: dict[str, Any], named: str, tmp_path:
 
 def test_tensors_that_are_not_used(tmp_path: Path) -> None:
     extra = {
-        "lm_head.weight": np.zeros((TIED.vocab, TIED.hidden), np.float32),
+        "lm_head.weight": TIED.weights()["embed_tokens"],
         "model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(32, np.float32),
     }
     assert not open_checkpoint(write_directory(tmp_path, TIED, tensors=extra)).has("lm_head")
+
+
+@pytest.mark.parametrize("piece", [1 << 22, 200])
+def test_a_tied_model_with_another_head_is_refused(
+    piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgellm.checkpoint.huggingface._PIECE_ELEMENTS", piece)
+    for number, place in enumerate(((0, 0), (-1, -1))):
+        head = TIED.weights()["embed_tokens"].copy()
+        head[place] += 1
+        path = write_directory(tmp_path / f"one{number}", TIED, tensors={"lm_head.weight": head})
+        with pytest.raises(CheckpointError, match=r"lm_head\.weight is not model\.embed_tokens\.weight"):
+            open_checkpoint(path)
+    path = write_directory(tmp_path / "short", TIED, tensors={"lm_head.weight": head[:-1]})
+    with pytest.raises(CheckpointError, match="tie_word_embeddings"):
+        open_checkpoint(path)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

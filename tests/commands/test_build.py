@@ -138,6 +138,25 @@ def test_a_models_name_instead_of_a_file(tmp_path: Path, capsys: pytest.CaptureF
     assert "edgellm fetch smollm2-135m" in capsys.readouterr().err
 
 
+def test_names_that_are_not_utf8(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    named = tmp_path / os.fsdecode(b"tiny\xff.gguf")
+    named.symlink_to(tiny)
+    assert main(["build", str(named), "-o", str(tmp_path / "engine")]) == 0
+    assert open_engine(tmp_path / "engine").model_name == "tiny\ufffd"
+    assert main(["build", str(tiny), "-o", str(named.with_suffix(".engine"))]) == BuildError.exit_code
+    assert "is not UTF-8" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["build", str(tiny), "-o", str(tmp_path / "other"), "--model-name", named.stem])
+    assert "'tiny\\udcff' is not UTF-8" in capsys.readouterr().err
+
+
+def test_an_engine_is_no_checkpoint(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = str(tmp_path / "engine")
+    assert main(["build", str(tiny), "-o", engine]) == 0
+    assert main(["build", engine, "-o", str(tmp_path / "other")]) == UsageError.exit_code
+    assert f"{engine} is an engine already: `edgellm serve {engine}`" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "keys",
     [

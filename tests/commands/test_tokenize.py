@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import sys
@@ -10,11 +11,14 @@ from typing import Any
 
 import pytest
 from ggufs import CONTROL_TOKENS, Llama, tokens
+from hypothesis import given
+from hypothesis import strategies as st
 from model_directories import tokenizer_json, write_directory
 from tiny_llama import TINY
 from vocabularies import LEGACY
 
 from edgellm.cli import main
+from edgellm.commands.tokenize import quoted
 from edgellm.errors import CheckpointError, EngineError, UsageError
 
 TIED = TINY["3/1 heads of 64, tied"]
@@ -61,6 +65,15 @@ def test_a_text(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
         f"{END:>7}  <|im_end|>  special",
         "3 tokens of 21 bytes, 7.00 bytes a token; they give the text back",
     ]
+    assert main(["tokenize", str(directory), "é"]) == 0
+    assert [row[9:] for row in capsys.readouterr().out.splitlines()[:2]] == [r"'\xc3'", r"'\xa9'"]
+
+
+@given(st.binary(max_size=8) | st.sampled_from([rb"\udcff", rb"\\udcff", b"\\\xff", b"\xff\xff'"]))
+def test_what_is_shown_of_a_token_is_its_bytes(spelled: bytes) -> None:
+    decoded = spelled.decode(errors="surrogateescape")
+    as_bytes = [chr(ord(char) - 0xDC00) if "\udc80" <= char <= "\udcff" else char for char in decoded]
+    assert ast.literal_eval(quoted(spelled)) == "".join(as_bytes)
 
 
 def test_ids_go_through_a_pipe(

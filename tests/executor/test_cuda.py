@@ -27,6 +27,16 @@ VOCAB = NETWORKS["llama"].vocab_size
 GREEDY = SamplingParams(temperature=0.0)
 RANDOM = SamplingParams(temperature=1.3, top_k=60, seed=1234567890123)
 BY_HOST = SamplingParams(temperature=1.0, seed=5, frequency_penalty=0.7, logprobs=True, top_logprobs=2)
+PENALISED = SamplingParams(
+    temperature=1.1,
+    seed=77,
+    repetition_penalty=1.3,
+    frequency_penalty=0.5,
+    presence_penalty=0.2,
+    logit_bias={3: 4.0, 200: -2.0},
+    min_tokens=3,
+    suppressed=(2, 9),
+)
 NOTHING = np.zeros(0, np.int32)
 
 
@@ -107,7 +117,13 @@ def bind(executor: CudaExecutor, params: list[SamplingParams]) -> Expected:
 
 
 @pytest.mark.parametrize(
-    "params", [[GREEDY, RANDOM, GREEDY], [RANDOM, BY_HOST, GREEDY], [BY_HOST, BY_HOST, BY_HOST]]
+    "params",
+    [
+        [GREEDY, RANDOM, GREEDY],
+        [RANDOM, BY_HOST, GREEDY],
+        [BY_HOST, BY_HOST, BY_HOST],
+        [PENALISED, RANDOM, PENALISED],
+    ],
 )
 def test_tokens_are_those_of_the_hosts_sampler(executor: CudaExecutor, params: list[SamplingParams]) -> None:
     expected = bind(executor, params)
@@ -134,6 +150,16 @@ def test_a_slots_choice_does_not_depend_on_who_makes_it(executor: CudaExecutor) 
     assert np.array_equal(results[2].logits[0], logits_of(expected.texts[0][:4], VOCAB))
     assert not results[2].logits[1].any()
     assert results[1].logits is None
+
+
+def test_the_host_goes_on_with_a_penalised_request_that_it_has_sampled_for(executor: CudaExecutor) -> None:
+    expected = bind(executor, [PENALISED, GREEDY])
+    steps = [Step([row(0, 0, [1, 2]), row(1, 0, [3])])]
+    for n in range(9):
+        want = Want.LOGITS if n == 4 else Want.TOKEN
+        steps.append(Step([row(0, 2 + n, FEEDBACK, want), row(1, 1 + n, FEEDBACK)]))
+    for step, result in zip(steps, run(executor, steps), strict=True):
+        assert result.token.tolist() == expected.step(list(step.rows))
 
 
 def test_log_probabilities_and_alternatives(executor: CudaExecutor) -> None:

@@ -61,31 +61,34 @@ def prefill(shape: AttentionShape, tokens: int) -> list[Launch]:
 pasts = st.lists(st.none() | st.integers(0, 3000), min_size=1, max_size=16)
 
 
-@given(pasts, st.integers(1, 140), st.sampled_from([2, 4, 8]))
-def test_every_piece_of_every_row_has_one_block(pasts: list[int | None], blocks: int, warps: int) -> None:
-    cut = Plan(warps, 2, blocks)
-    seen: Counter[tuple[int, int]] = Counter()
-    for _, each in segments(cut, pasts):
-        seen.update((each.row, piece) for piece in range(each.first, each.last + 1))
+@given(pasts, st.integers(1, 140), st.integers(1, 9), st.sampled_from([2, 4, 8]), st.booleans())
+def test_every_piece_of_every_row_and_head_has_one_block(
+    pasts: list[int | None], blocks: int, heads: int, warps: int, clusters: bool
+) -> None:
+    cut = Plan(warps, 2, blocks, clusters)
+    seen: Counter[tuple[int, int, int]] = Counter()
+    for _, each in segments(cut, heads, pasts):
+        seen.update((each.head, each.row, piece) for piece in range(each.first, each.last + 1))
     wanted = {
-        (row, token // cut.piece)
+        (head, row, piece)
+        for head in range(heads)
         for row, past in enumerate(pasts)
         if past is not None
-        for token in range(past + 1)
+        for piece in range(past // cut.piece + 1)
     }
     assert seen == Counter(wanted)
 
 
-@given(pasts, st.integers(1, 140))
+@given(pasts, st.integers(1, 140), st.integers(1, 9))
 def test_partial_sums_have_places_of_their_own_and_one_counter_counts_them(
-    pasts: list[int | None], blocks: int
+    pasts: list[int | None], blocks: int, heads: int
 ) -> None:
     cut = Plan(4, 2, blocks)
-    parts = list(segments(cut, pasts))
+    parts = list(segments(cut, heads, pasts))
     places = [(block, each.place) for block, each in parts if not each.whole]
     assert len(places) == len(set(places))
-    for row in {each.row for _, each in parts}:
-        of_row = [(block, each) for block, each in parts if each.row == row]
+    for mine in {(each.head, each.row) for _, each in parts}:
+        of_row = [(block, each) for block, each in parts if (each.head, each.row) == mine]
         assert all(each.whole for _, each in of_row) == (len(of_row) == 1)
         # The last to come adds up neighbouring blocks: no other row's sums may lie between.
         assert [block for block, _ in of_row] == list(range(of_row[0][0], of_row[-1][0] + 1))
@@ -93,25 +96,30 @@ def test_partial_sums_have_places_of_their_own_and_one_counter_counts_them(
         assert all(each.place == 0 for _, each in of_row[1:])
 
 
-@given(pasts, st.integers(1, 140))
-def test_blocks_have_equal_work_up_to_one_piece_each(pasts: list[int | None], blocks: int) -> None:
-    cut = Plan(4, 2, blocks)
+@given(pasts, st.integers(1, 140), st.integers(1, 9))
+def test_blocks_have_equal_work_up_to_one_piece_each(
+    pasts: list[int | None], blocks: int, heads: int
+) -> None:
     work: Counter[int] = Counter()
-    for block, each in segments(cut, pasts):
+    for block, each in segments(Plan(4, 2, blocks), heads, pasts):
         work[block] += each.last - each.first + 1
     assert max(work.values(), default=0) <= -(-sum(work.values()) // blocks)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
-def test_the_grid_fills_the_device_once(shape: AttentionShape, device: Device) -> None:
+def test_the_grid_fills_the_device(shape: AttentionShape, device: Device) -> None:
     for rows in (1, 2, 16):
         cut = plan(shape, rows=rows, device=device)
-        assert cut.blocks * shape.kv_heads <= max(device.multiprocessors, shape.kv_heads)
         assert cut.stages >= 1
+        if cut.clusters:
+            assert cut.blocks in (2, 4, 8)
+            assert cut.blocks * shape.kv_heads * rows <= device.multiprocessors
+            continue
+        assert cut.blocks <= device.multiprocessors
         workspace = decode_workspace(shape, rows=rows, device=device)
         partial = shape.queries * (shape.head_size + 2) * 4
-        assert workspace >= counter_bytes(shape, rows=rows) + 2 * cut.blocks * shape.kv_heads * partial
+        assert workspace >= counter_bytes(shape, rows=rows) + 2 * cut.blocks * partial
         assert counter_bytes(shape, rows=rows) >= 4 * rows * shape.kv_heads
 
 
@@ -119,7 +127,10 @@ def test_the_grid_fills_the_device_once(shape: AttentionShape, device: Device) -
 def test_kernels_fit_without_spilling(name: str) -> None:
     device = DEVICES[name]
     launches = [
-        launch for shape in SHAPES.values() for launch in (*decode(shape, 4, device), *prefill(shape, 256))
+        launch
+        for shape in SHAPES.values()
+        for rows in (1, 16)
+        for launch in (*decode(shape, rows, device), *prefill(shape, 256))
     ]
     assert_fits(compile_for(kernels_of(launches), device.sm), device)
 
@@ -138,6 +149,12 @@ def test_shapes_without_a_kernel_are_refused_by_name(
 ) -> None:
     with pytest.raises(BuildError, match=message):
         AttentionShape(*numbers)
+
+
+def test_a_clusters_first_block_has_work_whenever_another_has() -> None:
+    for past in range(0, 3000, 7):
+        blocks = [block for block, _ in segments(Plan(4, 2, 8, clusters=True), 1, [past])]
+        assert blocks == list(range(len(blocks)))
 
 
 def test_more_rows_than_lanes_are_refused() -> None:

@@ -30,8 +30,9 @@ Float = NDArray[np.float64]
 TOLERANCE: Final = 2e-3
 """Relative to the norm of the result: queries, keys and probabilities round to float16."""
 EPSILON: Final = 1e-6
-MULTIPROCESSORS: Final = (4, 14, 132)
-"""Devices that decode attention is cut for; the results must be right for all."""
+CUTS: Final = ((87, 4), (87, 14), (87, 132), (90, 132))
+"""Devices that decode attention is cut for, capability and SMs; the results must be right for all. 9.0 has
+clusters."""
 
 
 def shape(
@@ -195,8 +196,8 @@ def check_decode(runner: Runner, rng: np.random.Generator) -> Iterator[tuple[str
             for row in table[table["slot"] >= 0]:
                 layer.hide(row["slot"], row["past"])
             qkv = rng.standard_normal((rows, shape.qkv_width), np.float32).astype("<f2")
-            for multiprocessors in MULTIPROCESSORS:
-                device = replace(runner.device, multiprocessors=multiprocessors)
+            for sm, multiprocessors in CUTS:
+                device = replace(runner.device, sm=sm, multiprocessors=multiprocessors)
                 size = decode_workspace(shape, rows=rows, device=device)
                 workspace = np.full(size, 0xFF, np.uint8)
                 workspace[: counter_bytes(shape, rows=rows)] = 0
@@ -221,6 +222,7 @@ def check_decode(runner: Runner, rng: np.random.Generator) -> Iterator[tuple[str
                     new.append((slot, past, past + 1))
                 zero = not after["workspace"][: counter_bytes(shape, rows=rows)].any()
                 name = f"decode {describe(shape)} rows {rows} SMs {multiprocessors}"
+                name += " clusters" * (sm >= 90)
                 yield verdict(name, error, append, unchanged(before, after, new) and zero)
 
 
@@ -306,10 +308,17 @@ def check_elementwise(runner: Runner, rng: np.random.Generator) -> Iterator[tupl
         ids = rng.integers(0, vocab, 4).astype("<i4")
         out, chunk_out = (poisoned((n, hidden), "<f4") for n in (5, 4))
         arrays |= {"rows": rows, "last": last, "chunk": chunk, "ids": ids, "out": out, "chunk_out": chunk_out}
+        arrays["squares"] = poisoned((5, hidden // 16), "<f4")
         places: dict[str, Any] = {"elements": At("elements"), "scales": scales, "offsets": offsets}
         launches = [
             *elementwise.embed_rows(
-                table, rows=5, rows_at=At("rows"), last_token=At("last"), out=At("out"), **places
+                table,
+                rows=5,
+                rows_at=At("rows"),
+                last_token=At("last"),
+                out=At("out"),
+                squares=At("squares"),
+                **places,
             ),
             *elementwise.embed_chunk(
                 table, tokens=4, chunk=At("chunk"), ids=At("ids"), out=At("chunk_out"), **places
@@ -321,6 +330,8 @@ def check_elementwise(runner: Runner, rng: np.random.Generator) -> Iterator[tupl
         there = rows["slot"] >= 0
         good = np.allclose(after["out"][there], w[fed[there]], rtol=1e-6, atol=1e-7)
         good &= bool(np.isnan(after["out"][~there]).all())
+        squares = (after["out"][there].reshape(-1, hidden // 16, 16).astype(np.float64) ** 2).sum(-1)
+        good &= np.allclose(after["squares"][there], squares, rtol=1e-5)
         good &= np.allclose(after["chunk_out"][:3], w[ids[:3]], rtol=1e-6, atol=1e-7)
         good &= bool(np.isnan(after["chunk_out"][3:]).all())
         yield f"embed {table.kind} {hidden} g{table.group} {'ok' if good else 'FAIL'}", good
@@ -390,65 +401,91 @@ def prepare(runner: Runner) -> None:
     for kind in SHAPES:
         layer = Layer(rng, replace(kind, max_seq=16), 1)
         launches += prefill_launches(kind, layer, 16)
-        for multiprocessors in MULTIPROCESSORS:
-            device = replace(runner.device, multiprocessors=multiprocessors)
-            launches += decode_launches(kind, layer, 1, device)
+        for sm, multiprocessors in CUTS:
+            device = replace(runner.device, sm=sm, multiprocessors=multiprocessors)
+            for rows in (1, 3, 8, 16):
+                launches += decode_launches(kind, layer, rows, device)
     runner.prepare(launches)
 
 
-def bench(runner: Runner) -> Iterator[str]:
-    """µs of each kernel at Qwen3-8B's shape: a chain of 36 layers, each with caches of its own."""
+class Chain:
+    """Decode attention of Qwen3-8B's shape, layer after layer, each with caches of its own."""
+
+    def __init__(
+        self, runner: Runner, rng: np.random.Generator, rows: int, length: int, *, int8: bool
+    ) -> None:
+        self._runner, self._rows = runner, rows
+        self.shape = shape(32, 8, 128, length, int8=int8, norm=True)
+        self.layers = 36 if length < 5000 else 8
+        self.read = rows * 2 * 8 * length * (self.shape.row_bytes + 2 * int8)
+        self._layer = Layer(rng, replace(self.shape, max_seq=16), 1)
+        table = np.zeros(rows, ROW)
+        table["slot"], table["past"] = np.arange(rows), length - 1
+        small = self._layer.arrays() | {
+            "rows": table,
+            "qkv": rng.standard_normal((rows, self.shape.qkv_width), np.float32).astype("<f2"),
+            "rope": rope_table(make_rotary(128, 1e6), length),
+        }
+        names = ("keys", "values", "key_scales", "value_scales")
+        self.small = {name: array for name, array in small.items() if name not in names}
+        sizes = [self.shape.cache_bytes(rows)] * 2 + [self.shape.scale_bytes(rows)] * 2
+        self.large = {name: max(16, size * self.layers) for name, size in zip(names, sizes, strict=True)}
+        self.large |= {"out": rows * 4096 * 2, "workspace": 16 << 20}
+        self._caches = [
+            Cache(*(At(name, i * size) if size else None for name, size in zip(names, sizes, strict=True)))  # type: ignore[arg-type]
+            for i in range(self.layers)
+        ]
+
+    def allocate(self) -> None:
+        """The buffers that are too large to be made in numpy."""
+        for name, size in self.large.items():
+            value = 0 if name == "workspace" else 0x11
+            self._runner.driver.call("cuMemsetD8", self._runner.allocate(name, size), value, size)
+
+    def time(self, device: Device, *, early: bool) -> float:
+        """µs of one layer, cut for this device."""
+        launches = [
+            launch
+            for cache in self._caches
+            for launch in decode_launches(self.shape, self._layer, self._rows, device, cache)
+        ]
+        return self._runner.time(launches, early=early) / self.layers
+
+
+def bench_decode(runner: Runner) -> Iterator[str]:
+    """µs of decode attention, and what it reads a second on few multiprocessors, as on Orin."""
     rng = np.random.default_rng(0)
-    layers = 36
     for int8 in (False, True):
-        for rows, past in ((1, 639), (2, 639), (4, 639), (8, 639), (16, 639), (1, 4095), (1, 32703)):
-            kind = shape(32, 8, 128, 640 if past < 640 else past + 1, int8=int8, norm=True)
-            layer = Layer(rng, replace(kind, max_seq=16), 1)
-            table = np.zeros(rows, ROW)
-            table["slot"], table["past"] = np.arange(rows), past
-            each = kind.cache_bytes(rows), kind.scale_bytes(rows)
-            repeats = layers if past < 5000 else 8
-            caches = [
-                Cache(
-                    *(At(name, i * each[0]) for name in ("keys", "values")),
-                    *(
-                        (At(name, i * each[1]) for name in ("key_scales", "value_scales"))
-                        if int8
-                        else (None, None)
-                    ),
-                )
-                for i in range(repeats)
-            ]
-            qkv = rng.standard_normal((rows, kind.qkv_width), np.float32).astype("<f2")
-            table_at = rope_table(make_rotary(128, 1e6), kind.max_seq)
-            small = layer.arrays() | {"rows": table, "qkv": qkv, "rope": table_at}
-            line = f"decode {kind.kv} rows {rows:2d} length {past + 1:5d}"
-            size = decode_workspace(kind, rows=rows, device=runner.device)
-            for name in ("keys", "values", "key_scales", "value_scales"):
-                small.pop(name, None)
-            with runner.buffers(small):
-                for name, bytes_ in zip(
-                    ("keys", "values", "key_scales", "value_scales"),
-                    (*each[:1] * 2, *each[1:] * 2),
-                    strict=True,
+        for rows, length in ((1, 640), (2, 640), (4, 640), (8, 640), (16, 640), (1, 4096), (1, 32704)):
+            chain = Chain(runner, rng, rows, length, int8=int8)
+            line = f"decode {chain.shape.kv} rows {rows:2d} length {length:5d}"
+            with runner.buffers(chain.small):
+                chain.allocate()
+                for name, device in (
+                    ("as it is", runner.device),
+                    ("without clusters", replace(runner.device, sm=87)),
                 ):
-                    at = runner.allocate(name, max(16, bytes_ * repeats))
-                    runner.driver.call("cuMemsetD8", at, 0x11, max(16, bytes_ * repeats))
-                runner.allocate("out", rows * 4096 * 2)
-                runner.driver.call("cuMemsetD8", runner.allocate("workspace", size), 0, size)
-                launches = [
-                    launch
-                    for cache in caches
-                    for launch in decode_launches(kind, layer, rows, runner.device, cache)
-                ]
-                for early in (True, False):
-                    us = runner.time(launches, early=early) / repeats
-                    line += f"  {'early' if early else 'after'} {us:7.2f} µs"
-                read = rows * 8 * (past + 1) * (kind.row_bytes + 2 * int8) * 2
-                line += f"  read alone {read / 3.11e6:6.2f}  {read / us / 1e3:5.0f} GB/s (after)"
-            yield line
+                    early, after = (chain.time(device, early=early) for early in (True, False))
+                    line += f" | {name} {early:6.2f} early {after:6.2f} after"
+            yield f"{line} µs | {chain.read / 3.11e6:6.2f} at 3.11 TB/s"
     for int8 in (False, True):
-        for count, past in ((64, 0), (512, 0), (2048, 0), (512, 3584)):
+        for rows, length in ((1, 640), (1, 4096), (4, 640), (8, 640), (8, 4096)):
+            chain = Chain(runner, rng, rows, length, int8=int8)
+            line = f"decode {chain.shape.kv} rows {rows:2d} length {length:5d}"
+            with runner.buffers(chain.small):
+                chain.allocate()
+                for multiprocessors in (16, 14, 8):
+                    few = Device(87, multiprocessors, 163 << 10)
+                    us = chain.time(few, early=False)
+                    line += f" | {multiprocessors:2d} blocks {us:7.1f} µs {chain.read / us / 1e3:5.0f} GB/s"
+            yield line
+
+
+def bench_prefill(runner: Runner) -> Iterator[str]:
+    """µs of a layer's attention in prefill at Qwen3-8B's shape."""
+    rng = np.random.default_rng(0)
+    for int8 in (False, True):
+        for count, past in ((64, 0), (512, 0), (2048, 0), (512, 3584), (16, 4080)):
             kind = shape(32, 8, 128, 4096, int8=int8, norm=True)
             layer = Layer(rng, kind, 1)
             chunk = np.zeros(1, CHUNK)
@@ -483,8 +520,9 @@ def main() -> int:
             failed += not good
     print(f"{checked} checks, {failed} failed", flush=True)
     if arguments.bench:
-        for line in bench(runner):
-            print(line, flush=True)
+        for bench in (bench_decode, bench_prefill):
+            for line in bench(runner):
+                print(line, flush=True)
     return int(failed > 0)
 
 
