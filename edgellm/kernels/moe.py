@@ -24,13 +24,16 @@ from edgellm.kernels.packing import PackedShape
 
 MOST_EXPERTS: Final = 512
 MOST_TOP_K: Final = 32
-PIECE: Final = 1024
+PIECE: Final = 512
 """Tokens of a chunk that go through the experts together: what is found for each of their pairs is kept."""
 
 _SOURCE: Final = "moe.cu"
-_TILED_ROWS: Final = 24
+_TILED_ROWS: Final = math.inf
+"""Of an expert on average, from which on tiles are taken; 24 once a device has measured them."""
 _WIDE_ROWS: Final = 40
-"""Of an expert on average, from which on tiles of 32, of 64 rows are faster than groups of 16."""
+"""From which on tiles have 64 rows, not 32."""
+_TEAMS: Final = (1,)
+"""Warps that may share a row block; (1, 2, 4) once a device has measured them."""
 _STAGES_LEAST: Final = 4
 _STAGES_MOST: Final = 16
 _RESERVED: Final = 1 << 10
@@ -310,7 +313,7 @@ def tuned(mixture: MixtureShape, *, rows: int, device: Device) -> Cuts:
         BuildError: not even one row fits into the device's shared memory.
     """
     average = rows * mixture.top_k / mixture.experts
-    if average >= _TILED_ROWS and (tiles := _tiles(mixture, average, device)):
+    if average >= _TILED_ROWS and (tiles := tiled(mixture, rows=rows, device=device)):
         return tiles
     most = min(BUCKETS[-1], rows)
     groups = min(mixture.experts, rows * mixture.top_k)
@@ -326,9 +329,9 @@ def tuned(mixture: MixtureShape, *, rows: int, device: Device) -> Cuts:
     )
 
 
-def _tiles(mixture: MixtureShape, average: float, device: Device) -> Cuts | None:
-    """Tiles of both linears for experts of so many rows; none, if they do not fit the device."""
-    tokens = 64 if average >= _WIDE_ROWS else 32
+def tiled(mixture: MixtureShape, *, rows: int, device: Device) -> Cuts | None:
+    """Tiles for both linears of a chunk; None, if they do not fit the device."""
+    tokens = 64 if rows * mixture.top_k / mixture.experts >= _WIDE_ROWS else 32
     found = [
         next(
             (
@@ -364,7 +367,7 @@ def _warps_k(shape: PackedShape, groups: float, warps: int) -> int:
         # A round costs its panels and about as much as one and a half for what is around them.
         return rounds * (math.ceil(shape.panels / warps_k) + 1.5)
 
-    return min((1, 2, 4), key=cost)
+    return min(_TEAMS, key=cost)
 
 
 def shared_bytes(shape: PackedShape, cut: Tuning) -> int:

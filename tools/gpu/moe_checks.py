@@ -31,6 +31,7 @@ from edgellm.kernels.moe import (
     places_of,
     row_mixture,
     shared_bytes,
+    tiled,
     tuned,
 )
 from edgellm.kernels.packing import PackedShape, Zero, pack, packed_shape
@@ -269,7 +270,7 @@ def checks(runner: Runner, seed: int) -> list[str]:
         for layer, weights in made
         for chunk, buckets in ((False, BUCKETS), (True, (16, 128, 512, 2048)))
         for tokens in buckets
-        for cuts in (None, *([] if chunk else [_others(weights.mixture, tokens, runner.device)]))
+        for cuts in _cuts(weights.mixture, tokens, runner.device, chunk=chunk)
     ]
     runner.prepare(
         launch
@@ -280,6 +281,14 @@ def checks(runner: Runner, seed: int) -> list[str]:
     for layer, weights, tokens, chunk, cuts in todo:
         wrong += check(runner, rng, layer, weights, tokens, chunk=chunk, cuts=cuts)
     return wrong
+
+
+def _cuts(mixture: MixtureShape, tokens: int, device: Device, *, chunk: bool) -> list[Cuts | None]:
+    """What the device takes, and other ways."""
+    if not chunk:
+        return [None, _others(mixture, tokens, device)]
+    tiles = tiled(mixture, rows=min(tokens, PIECE), device=device) if tokens >= 512 else None
+    return [None, tiles] if tiles else [None]
 
 
 def _row_cuts(cuts: Cuts) -> tuple[Tuning, Tuning]:
@@ -362,11 +371,13 @@ def bench(runner: Runner, group: int = 128, *, variants: bool = False) -> None:
                 )
         runner.allocate("chunk", 16)
         runner.upload("chunk", np.array([(0, 0, most, 0)], CHUNK))
-        for tokens in (128, 512, 2048):
-            launches = _launches(mixture, runner.device, tokens, chunk=True, copy="0")
+        tiles = tiled(mixture, rows=PIECE, device=runner.device)
+        for tokens, cuts in ((128, None), (512, None), (512, tiles), (2048, None), (2048, tiles)):
+            launches = _launches(mixture, runner.device, tokens, chunk=True, copy="0", cuts=cuts)
             took = runner.time(launches, repeats=5)
             flop = tokens * 8 * 3 * 2048 * 768 * 2
-            print(f"chunk of {tokens}: {took:.0f} µs, {flop / took / 1e6:.1f} TFLOP/s")
+            how = " in tiles" if cuts else ""
+            print(f"chunk of {tokens}{how}: {took:.0f} µs, {flop / took / 1e6:.1f} TFLOP/s")
             names = ("router", "choose", "route", "gate, up", "down", "combine")
             parts = [runner.time([each], repeats=5) for each in launches[:6]]
             print(", ".join(f"{name} {part:.1f}" for name, part in zip(names, parts, strict=True)))
