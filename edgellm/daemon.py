@@ -155,7 +155,7 @@ class Daemon:
             promise = MemoryPromise(directory, self._config)
             promise.require()
         with ThreadPoolExecutor(max_workers=2, thread_name_prefix="load") as pool:
-            verified = pool.submit(verify_engine, directory)
+            verified = pool.submit(verify_engine, directory, loading=True)
             text = pool.submit(_load_text, directory)
             with self._phase("executor"):
                 executor = make_executor(directory, self._config.engine)

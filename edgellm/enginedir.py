@@ -122,6 +122,11 @@ class EngineDir:
         """The token that opens a text, or None."""
         return self.config.edgellm.bos_id
 
+    @property
+    def compared_by_executor(self) -> str | None:
+        """The file that the executor compares with its SHA-256 itself, since it reads all of it anyway."""
+        return "weights.safetensors" if self.config.edgellm.executor == "cuda" else None
+
     def tokenizer(self) -> Tokenizer:
         """Load the tokenizer.
 
@@ -217,19 +222,24 @@ def is_engine(path: Path) -> bool:
     return _format_version(raw) is not None
 
 
-def verify_engine(engine: EngineDir, progress: Progress = lambda _name, _fraction: None) -> None:
+def verify_engine(
+    engine: EngineDir, progress: Progress = lambda _name, _fraction: None, *, loading: bool = False
+) -> None:
     """Compare every file with its SHA-256; the interpreter's lock is free most of the time.
+
+    Args:
+        loading: an executor loads the engine as well; what it compares while it reads is left to it.
 
     Raises:
         EngineError: a file is not as it was written; the message names it.
     """
-    records = engine.config.edgellm.files
+    records = dict(engine.config.edgellm.files)
+    if loading:
+        records.pop(engine.compared_by_executor or "", None)
     total, done = sum(record.bytes for record in records.values()) or 1, 0
     for name, record in records.items():
         progress(name, done / total)
-        # The CUDA executor reads its weights around the page cache; here they go through it once.
-        drop = engine.config.edgellm.executor == "cuda" and record.bytes > _CHUNK_BYTES
-        if sha256_of(engine.path / name, drop=drop) != record.sha256:
+        if sha256_of(engine.path / name) != record.sha256:
             raise EngineError(
                 f"{engine.path / name} is not as it was built: its SHA-256 differs; build the engine again"
             )
@@ -303,11 +313,8 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def sha256_of(path: Path, *, drop: bool = False) -> str:
+def sha256_of(path: Path) -> str:
     """A file's SHA-256 in hex; constant memory.
-
-    Args:
-        drop: leave nothing of it in the page cache (posix_fadvise(2)).
 
     Raises:
         EngineError: the file cannot be read.
@@ -316,12 +323,8 @@ def sha256_of(path: Path, *, drop: bool = False) -> str:
     view = memoryview(buffer)
     try:
         with path.open("rb", buffering=0) as file:
-            done = 0
             while count := file.readinto(buffer):
                 digest.update(view[:count])
-                done += count
-                if drop and hasattr(os, "posix_fadvise"):
-                    os.posix_fadvise(file.fileno(), done - count, count, os.POSIX_FADV_DONTNEED)
     except OSError as error:
         raise EngineError(f"cannot read {path}: {error.strerror}") from error
     return digest.hexdigest()

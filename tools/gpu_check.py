@@ -21,7 +21,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from ctypes import c_void_p
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,7 +39,10 @@ from edgellm import __version__
 from edgellm.bench.prompts import PASSAGE
 from edgellm.checkpoint.base import Checkpoint, open_checkpoint
 from edgellm.checkpoint.random import QUANTS, RandomCheckpoint, random_checkpoint
+from edgellm.cuda.cubin import read_resources
 from edgellm.cuda.driver import Driver
+from edgellm.cuda.launch import Kernel
+from edgellm.cuda.nvrtc import Compiler
 from edgellm.doctor.proof import Case, prove
 from edgellm.engine_config import BuildConfig
 from edgellm.executor.base import FEEDBACK, Row, Step, Want
@@ -48,6 +52,7 @@ from edgellm.kernels.attention_shape import CacheKind
 from edgellm.memory.sizes import show_size
 from edgellm.model.kernels import emit
 from edgellm.model.spec import Mixture, ModelSpec
+from edgellm.model.weights_file import WEIGHTS_FILE, read_weights_header
 from edgellm.sampling import SamplingParams
 
 MAX_MEAN_KL: Final = 0.001
@@ -145,6 +150,7 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=Path, help="a real model to compare")
     parser.add_argument("--parts", default=",".join(PARTS), help="of %(default)s")
     parser.add_argument("--models", default="qwen3-8b,smollm2-135m", help="random shapes to measure")
+    parser.add_argument("--engines", help="where engines of these names are already; default: built now")
     parser.add_argument("--batches", default="1,2,4,8,16", help="rows to measure")
     parser.add_argument("--caches", default="fp16,int8", help="of networks (default %(default)s)")
     parser.add_argument("--seed", type=int, default=None, help="of everything; default: another one each run")
@@ -316,40 +322,68 @@ def check_benchmark(args: argparse.Namespace, seed: int) -> bool:
     from edgellm.bench.workloads import Workload
 
     batches = [int(word) for word in args.batches.split(",")]
+    sizes = {"slots": max(batches), "max_seq_len": 2560, "max_num_tokens": 2048}
     for name in args.models.split(","):
         checkpoint = random_checkpoint(name, "int4")
-        with tempfile.TemporaryDirectory() as folder:
-            started = time.monotonic()
-            _emit(checkpoint, Path(folder), slots=max(batches), max_seq_len=2560, max_num_tokens=2048)
-            print(f"{name}, int4, built in {time.monotonic() - started:.1f} s\n")
+        with ExitStack() as stack:
+            folder = Path(args.engines) / name if args.engines else None
+            if folder is None:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                _emit(checkpoint, folder, **sizes)
+            weights = read_weights_header(folder / WEIGHTS_FILE)
+            read = weights.bytes - weights.offsets["layers.0.attention_norm"]  # all but the embedding
             for dependent in (True, False):
                 started = time.monotonic()
-                with _executor(
-                    checkpoint,
-                    Path(folder),
-                    slots=max(batches),
-                    max_seq_len=2560,
-                    max_num_tokens=2048,
-                    dependent_launch=dependent,
-                ) as executor:
-                    print(f"loaded in {time.monotonic() - started:.1f} s, dependent launches: {dependent}\n")
-                    print("| test | batch | ms/step | tokens/s |\n| --- | ---: | ---: | ---: |")
+                with _executor(checkpoint, folder, dependent_launch=dependent, **sizes) as executor:
+                    loaded = time.monotonic() - started
+                    bandwidth = _read_bandwidth(executor.driver)
+                    print(
+                        f"{name}, int4, {weights.bytes / 1e9:.2f} GB, loaded in {loaded:.1f} s; dependent "
+                        f"launches: {'yes' if dependent else 'no'}; plain reads {bandwidth / 1e9:.0f} GB/s, "
+                        f"{read / 1e9:.2f} GB of weights in {1e3 * read / bandwidth:.3f} ms\n"
+                    )
+                    print("| test | batch | ms/step | tokens/s | of the read floor |")
+                    print("| --- | ---: | ---: | ---: | ---: |")
                     bench = BareBench(executor)
                     workloads = [Workload("tg", 128, 512, batch) for batch in batches]
                     if dependent:
-                        workloads += [Workload("pp", 512, 0, 1), Workload("pp", 2048, 0, 1)]
+                        workloads += [Workload("pp", count, 0, 1) for count in (64, 512, 2048)]
                     for workload in workloads:
                         seconds = float(np.median(bench.run(workload, 3)))
-                        steps = workload.tokens if workload.kind == "tg" else 1
+                        decode = workload.kind == "tg"
+                        step = seconds / (workload.tokens if decode else 1)
                         print(
-                            f"| {workload.name} | {workload.batch} | {1000 * seconds / steps:.3f} | "
-                            f"{workload.total_tokens / seconds:.0f} |",
+                            f"| {workload.name} | {workload.batch} | {1000 * step:.3f} | "
+                            f"{workload.total_tokens / seconds:.0f} | "
+                            f"{f'{read / bandwidth / step:.0%}' if decode else ''} |",
                             flush=True,
                         )
                     if dependent:
                         _show_profile(executor, args.profile)
                 print()
     return True
+
+
+def _read_bandwidth(driver: Driver) -> float:
+    """Bytes a second that plain reads of memory take, of far more than any cache holds."""
+    source = Path(__file__).parent / "gpu"
+    kernel = Kernel("read.cu", "read_all<8>", 512)
+    device = driver.facts.device
+    (image,) = Compiler(sources=source).cubins([kernel], device.sm).values()
+    function = driver.load(image, read_resources(image)[0].name, 0)
+    size, stream = 1 << 30, driver.stream()
+    memory = driver.allocate(size)
+    try:
+        driver.call("cuMemsetD8Async", memory, 1, size, stream)
+        arguments: list[int | float | c_void_p] = [c_void_p(memory), size // 16, c_void_p(memory)]
+        grid = (device.multiprocessors * 4, 1, 1)
+
+        def read() -> None:
+            driver.launch(function, grid, threads=512, shared=0, arguments=arguments, stream=stream)
+
+        return size / driver.time(read, stream)
+    finally:
+        driver.free(memory)
 
 
 def _show_profile(executor: CudaExecutor, wanted: str) -> None:
@@ -371,15 +405,17 @@ def _checkpoints(args: argparse.Namespace, seed: int) -> Iterator[tuple[str, Che
             if args.small and (quant != "int4" or not name.startswith("qwen3")):
                 continue
             made = msgspec.structs.replace(spec, num_hidden_layers=1) if args.small else spec
-            yield f"{name}, {quant}", RandomCheckpoint(made, "small", quant, int(chance.integers(1000)), 2.0)
+            kind = "tiny" if args.small else "small"
+            yield f"{name}, {quant}", RandomCheckpoint(made, kind, quant, int(chance.integers(1000)), 2.0)
     if args.checkpoint is not None:
         yield args.checkpoint.name, open_checkpoint(args.checkpoint)
 
 
 def _prove(checkpoint: Checkpoint, kv_cache: CacheKind, seed: int) -> Iterator[Case]:
     chance = np.random.default_rng(seed)
-    real = checkpoint.name != "small"
-    length, slots = (96, 4) if real else (80, 5)
+    # The sanitizer takes a hundred times as long.
+    length, slots = {"small": (80, 5), "tiny": (20, 2)}.get(checkpoint.name, (96, 4))
+    real = checkpoint.name not in ("small", "tiny")
     with _loaded(checkpoint, slots=slots, max_seq_len=128, kv_cache=kv_cache) as executor:
         reference = NumpyExecutor(checkpoint, executor.info)
         if real:

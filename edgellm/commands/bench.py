@@ -135,7 +135,7 @@ def _bare(args: argparse.Namespace) -> Report:
     engine = open_engine(args.engine.absolute())
     workloads = compose(engine.build, **asked)
     with progress_bar() as progress:
-        verify_engine(engine, progress)
+        verify_engine(engine, progress, loading=True)
         slots = max(workload.batch for workload in workloads)
         wanted = EngineConfig(threads=args.threads, max_batch_size=slots)
         executor = make_executor(engine, wanted)

@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from edgellm.checkpoint import Checkpoint
+    from edgellm.enginedir import EngineDir
     from edgellm.model.inventory import Matrices
+    from edgellm.model.kv_cache import KvCache
     from edgellm.model.spec import ModelSpec
 
 _Found = TypeVar("_Found")
 
-KV_BYTES: Final = {"fp16": 2, "fp32": 4}
+KV_BYTES: Final[dict[KvCache, tuple[int, int]]] = {"int8": (1, 2), "fp16": (2, 0), "fp32": (4, 0)}
+"""Of each number in a cache, and beside each head's numbers."""
 
 NETWORKS = ("model.", "weights.safetensors", "rank0.engine")
 """What an engine's weights are in, by executor: ONNX, CUDA, TensorRT."""
@@ -45,6 +48,33 @@ class Storage:
 
 
 @dataclass(frozen=True, slots=True)
+class BuiltFor:
+    """What an engine was built for: see `BuildConfig` and `EdgellmSection`."""
+
+    max_batch_size: int
+    max_seq_len: int
+    max_num_tokens: int
+    executor: str
+    compute: str
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """What `edgellm build --quant` did, of the engine's quantization.json.
+
+    Attributes:
+        linear, ends, group_size, calibration_tokens, error, divergence: see `QuantizationReport`.
+    """
+
+    linear: str
+    ends: str
+    group_size: int
+    calibration_tokens: int
+    error: float
+    divergence: dict[str, float] | None
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What there is to say. None where it cannot be known, because of what `refused` says.
 
@@ -63,6 +93,8 @@ class Report:
         tokens: of the tokenizer.
         chat_template: whether there is one.
         eos_ids: the tokens that end an answer.
+        built_for: an engine's sizes and executor.
+        quantized: None: not by edgellm.
         refused: what edgellm would not build or serve, and why.
     """
 
@@ -81,6 +113,8 @@ class Report:
     tokens: int | None = None
     chat_template: bool | None = None
     eos_ids: tuple[int, ...] = ()
+    built_for: BuiltFor | None = None
+    quantized: Quantized | None = None
     refused: tuple[str, ...] = ()
 
 
@@ -180,6 +214,40 @@ def _engine(path: Path) -> Report:
         tokens=engine.tokenizer().vocab_size,
         chat_template=engine.chat_template() is not None,
         eos_ids=engine.eos_ids,
+        built_for=BuiltFor(
+            max_batch_size=engine.build.max_batch_size,
+            max_seq_len=engine.build.max_seq_len,
+            max_num_tokens=engine.build.max_num_tokens,
+            executor=config.edgellm.executor,
+            compute=engine.compute,
+        ),
+        quantized=_quantized(engine),
+    )
+
+
+def _quantized(engine: EngineDir) -> Quantized | None:
+    import msgspec
+
+    from edgellm.enginedir import QUANTIZATION
+    from edgellm.errors import EngineError
+    from edgellm.quantize.report import QuantizationReport
+
+    if QUANTIZATION not in engine.config.edgellm.files:
+        return None
+    path = engine.path / QUANTIZATION
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=QuantizationReport)
+    except OSError as error:
+        raise EngineError(f"cannot read {path}: {error.strerror}") from error
+    except msgspec.DecodeError as error:
+        raise EngineError(f"{path} is damaged: {error}; build the engine again") from error
+    return Quantized(
+        linear=found.linear,
+        ends=found.ends,
+        group_size=found.group_size,
+        calibration_tokens=found.calibration_tokens,
+        error=found.error,
+        divergence=None if found.divergence is None else msgspec.structs.asdict(found.divergence),
     )
 
 
@@ -235,7 +303,11 @@ def _storage(weights: Sequence[Matrices], spec: ModelSpec) -> tuple[Storage, ...
 
 
 def _kv_bytes(spec: ModelSpec) -> dict[str, int]:
-    return {dtype: size * spec.kv_elements_per_token() for dtype, size in KV_BYTES.items()}
+    elements = spec.kv_elements_per_token()
+    return {
+        dtype: elements * each + elements // spec.head_size * beside
+        for dtype, (each, beside) in KV_BYTES.items()
+    }
 
 
 def _require_head_size(spec: ModelSpec) -> None:
@@ -267,8 +339,11 @@ def _as_text(report: Report) -> str:
     if report.quantization is not None:
         rows.append(("quantization", report.quantization))
     rows += [("", _as_line(way)) for way in report.storage]
+    if report.quantized is not None:
+        lines = list(_of_quantized(report.quantized))
+        rows += [("quantized", lines[0]), *(("", line) for line in lines[1:])]
     if report.kv_bytes_per_token is not None:
-        sizes = [f"{size / 1024:g} KiB in {dtype}" for dtype, size in report.kv_bytes_per_token.items()]
+        sizes = [f"{size / 1024:.4g} KiB in {dtype}" for dtype, size in report.kv_bytes_per_token.items()]
         rows.append(("KV cache", f"{', '.join(sizes)} a token"))
     if report.context is not None:
         rows.append(("context", f"{report.context:,} tokens"))
@@ -276,6 +351,8 @@ def _as_text(report: Report) -> str:
         rows.append(("tokenizer", f"{report.tokens:,} tokens; {_ends(report.eos_ids)}"))
     if report.chat_template is not None:
         rows.append(("chat template", "yes" if report.chat_template else "no"))
+    if report.built_for is not None:
+        rows.append(("built for", _of_build(report.built_for)))
     rows += [("refused", reason) for reason in report.refused]
     return "\n".join(f"{name:<13}  {what}" for name, what in rows)
 
@@ -285,6 +362,27 @@ def _as_line(way: Storage) -> str:
         return f"{way.weights:,} weights of {way.bits} bits"
     offsets = " with offsets" if way.offsets else ""
     return f"{way.weights:,} weights of {way.bits} bits in groups of {way.group}{offsets}"
+
+
+def _of_build(built: BuiltFor) -> str:
+    slots = f"{built.max_batch_size} slot{'' if built.max_batch_size == 1 else 's'}"
+    return (
+        f"{slots} of {built.max_seq_len:,} tokens, steps of {built.max_num_tokens:,}, "
+        f"{built.executor} {built.compute}"
+    )
+
+
+def _of_quantized(made: Quantized) -> Iterator[str]:
+    calibrated = (
+        f"calibrated on {made.calibration_tokens:,} tokens" if made.calibration_tokens else "uncalibrated"
+    )
+    yield f"{made.linear} in groups of {made.group_size}, embedding and head {made.ends}, {calibrated}"
+    yield f"relative error of the weights {100 * made.error:.2f} %"
+    if (found := made.divergence) is not None:
+        yield (
+            f"KL from the unquantized model on {found['tokens']:,} tokens: mean {found['kl']:.4f} nats, "
+            f"largest {found['largest_kl']:.3f}; same first choice {100 * found['agreement']:.1f} %"
+        )
 
 
 def _ends(eos_ids: Sequence[int]) -> str:

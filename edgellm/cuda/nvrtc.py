@@ -100,12 +100,15 @@ class Compiler:
     Args:
         directory: of the cache; None: `kernels` in edgellm's. Without write access nothing is kept.
         threads: kernels compiled side by side; 0: one for each core available.
+        sources: where the kernels' files are.
 
     Raises:
         DeviceError: cuda-bindings or NVRTC is not installed.
     """
 
-    def __init__(self, directory: Path | None = None, *, threads: int = 0) -> None:
+    def __init__(
+        self, directory: Path | None = None, *, threads: int = 0, sources: Path | None = None
+    ) -> None:
         self._nvrtc = load_nvrtc()
         _, major, minor = self._nvrtc.nvrtcVersion()
         self.version: tuple[int, int] = (major, minor)
@@ -113,6 +116,7 @@ class Compiler:
         self.found = 0
         self._directory = directory or cache_directory("kernels")
         self._writable = True
+        self._sources = sources
         self._threads = threads or len(os.sched_getaffinity(0))
 
     def cubins(
@@ -125,7 +129,10 @@ class Compiler:
         """
         self._require(sm)
         wanted = list(dict.fromkeys(kernels))
-        programs = [read_program(kernel, sm) for kernel in wanted]
+        programs = [
+            read_program(kernel, sm) if self._sources is None else read_program(kernel, sm, self._sources)
+            for kernel in wanted
+        ]
         made: dict[Kernel, bytes] = {}
         # Kernels that differ in launch alone share a cubin.
         unique = {program.key(self.version): program for program in programs}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -126,15 +127,26 @@ def pinned_size(shape: tuple[int, ...], dtype: Any) -> int:
 
 
 def load_weights(
-    driver: Driver, stream: Any, file: WeightsFile, address: int, progress: Callable[[float], None]
+    driver: Driver,
+    stream: Any,
+    file: WeightsFile,
+    address: int,
+    *,
+    sha256: str | None,
+    progress: Callable[[float], None],
 ) -> None:
     """Read a weights file into device memory, without the page cache: there is never a second copy of it.
 
     Direct reads go into page-locked pieces; where a file system has none (tmpfs), pages are dropped behind.
 
+    Args:
+        address: on the device.
+        sha256: of the whole file in hex, compared on the way; None: it is not.
+
     Raises:
-        EngineError: the file cannot be read, or is shorter than its header says.
+        EngineError: the file cannot be read, is shorter than its header says, or is not as it was built.
     """
+    digest = hashlib.sha256() if sha256 is not None else None
     piece = min(PIECE_BYTES, max(-(-file.bytes // PAGE) * PAGE, PAGE))
     starts = range(0, file.bytes, piece)
     count = min(PIECES, len(starts))
@@ -159,8 +171,16 @@ def load_weights(
                     raise EngineError(f"{file.path} is cut off; build the engine again")
                 driver.call("cuMemcpyHtoDAsync", address + start, buffers[slot].ctypes.data, wanted, stream)
                 driver.call("cuEventRecord", sent[slot], stream)
+                if digest is not None:
+                    if not index:
+                        digest.update(reader.head(file.data))
+                    digest.update(buffers[slot][:wanted].data)
                 progress((start + wanted) / file.bytes)
             driver.call("cuStreamSynchronize", stream)
+        if digest is not None and digest.hexdigest() != sha256:
+            raise EngineError(
+                f"{file.path} is not as it was built: its SHA-256 differs; build the engine again"
+            )
     finally:
         for event in sent:
             driver.call("cuEventDestroy", event)
@@ -205,6 +225,10 @@ class _Reader:
         if done > plain and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._plain, offset + plain, done - plain, os.POSIX_FADV_DONTNEED)
         return done
+
+    def head(self, count: int) -> bytes:
+        """The file's first bytes."""
+        return os.pread(self._plain, count, 0)
 
     def _read_direct(self, buffer: NDArray[np.uint8], offset: int) -> int:
         """As far as the file system lets it, in whole pages."""

@@ -59,11 +59,17 @@ def test_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
             {"weights": LINEARS, "bits": 4, "group": 64, "offsets": True},
             {"weights": EMBEDDING, "bits": 16, "group": 0, "offsets": False},
         ],
-        "kv_bytes_per_token": {"fp16": 2 * 2 * 64 * 2, "fp32": 2 * 2 * 64 * 4},
+        "kv_bytes_per_token": {
+            "int8": 2 * 2 * (64 + 2),
+            "fp16": 2 * 2 * 64 * 2,
+            "fp32": 2 * 2 * 64 * 4,
+        },
         "context": 4096,
         "tokens": len(tokens()),
         "chat_template": True,
         "eos_ids": [0, 2],
+        "built_for": None,
+        "quantized": None,
         "refused": [],
     }
     assert main(["inspect", str(path)]) == 0
@@ -82,8 +88,46 @@ def test_an_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert engine["kv_bytes_per_token"] == {"fp16": 512}
     for same in ("name", "architecture", "parameters", "quantization", "storage", "tokens", "eos_ids"):
         assert engine[same] == checkpoint[same]
+    assert engine["built_for"] == {
+        "max_batch_size": 4,
+        "max_seq_len": 2048,
+        "max_num_tokens": 256,
+        "executor": "cpu",
+        "compute": "int8",
+    }
+    assert engine["quantized"] is None
+    assert main(["inspect", str(tmp_path / "engine")]) == 0
+    assert "4 slots of 2,048 tokens, steps of 256, cpu int8" in capsys.readouterr().out
     (tmp_path / "engine" / "tokenizer.json").unlink()
     assert main(["inspect", str(tmp_path / "engine")]) == EngineError.exit_code
+
+
+def test_a_quantized_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, engine = write_directory(tmp_path / "tiny", WIDE), tmp_path / "engine"
+    text = tmp_path / "text"
+    text.write_text("hello world " * 400)
+    assert main(["build", str(path), "-o", str(engine), "--quant", "int4", "--evaluate", str(text)]) == 0
+    capsys.readouterr()
+    written = json.loads((engine / "quantization.json").read_text())
+    del written["layers"], written["matrices"]
+    assert inspect(engine, capsys)["quantized"] == written
+    assert main(["inspect", str(engine)]) == 0
+    shown = capsys.readouterr().out
+    assert "int4 in groups of 64, embedding and head int8, uncalibrated" in shown
+    assert f"error of the weights {100 * written['error']:.2f} %" in shown
+    assert f"mean {written['divergence']['kl']:.4f} nats" in shown
+    (engine / "quantization.json").write_bytes(b" " * (engine / "quantization.json").stat().st_size)
+    assert main(["inspect", str(engine)]) == EngineError.exit_code
+    assert "quantization.json is damaged" in capsys.readouterr().err
+
+
+def test_a_cache_of_int8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, engine = write_directory(tmp_path / "tiny", WIDE), tmp_path / "engine"
+    assert main(["build", str(path), "-o", str(engine), "--executor", "cuda", "--kv-cache", "int8"]) == 0
+    capsys.readouterr()
+    report = inspect(engine, capsys)
+    assert report["kv_bytes_per_token"] == {"int8": 2 * 2 * (64 + 2)}
+    assert (report["built_for"]["executor"], report["built_for"]["compute"]) == ("cuda", "fp16")
 
 
 def test_a_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from fake_device import FakeDevice
 from fake_driver import Status
 
 from edgellm.cuda.driver import Driver
+from edgellm.enginedir import sha256_of
 from edgellm.errors import DeviceLost, EngineError
 from edgellm.executor import cuda_memory
 from edgellm.executor.cuda_memory import Pinned, load_weights
@@ -31,11 +32,18 @@ def write(path: Path, size: int) -> tuple[WeightsFile, bytes]:
     return file, path.read_bytes()[file.data :]
 
 
-def load(file: WeightsFile, device: FakeDevice) -> bytes:
+def load(file: WeightsFile, device: FakeDevice, sha256: str | None = None) -> bytes:
     driver = Driver(api=device)
     target = (ctypes.c_uint8 * file.bytes)()
     fractions: list[float] = []
-    load_weights(driver, driver.stream(), file, ctypes.addressof(target), fractions.append)
+    load_weights(
+        driver,
+        driver.stream(),
+        file,
+        ctypes.addressof(target),
+        sha256=sha256,
+        progress=fractions.append,
+    )
     assert fractions == sorted(fractions)
     assert fractions[-1:] == [1.0] * bool(file.bytes)
     assert not device.live  # the pieces are given back
@@ -47,7 +55,19 @@ def load(file: WeightsFile, device: FakeDevice) -> bytes:
 @pytest.mark.parametrize("size", [1, 256, 4096, 8192, 8193, 12_000, 49_152, 200_000])
 def test_every_byte_arrives(tmp_path: Path, size: int) -> None:
     file, expected = write(tmp_path / "w", size)
-    assert load(file, FakeDevice(1, 1)) == expected
+    assert load(file, FakeDevice(1, 1), sha256_of(file.path)) == expected
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("at", [3000, 4096 + 256, 4096 + 60_000])
+def test_a_byte_that_changed_is_found_on_the_way(tmp_path: Path, at: int) -> None:
+    file, _ = write(tmp_path / "w", 70_000)
+    digest = sha256_of(file.path)
+    raw = bytearray(file.path.read_bytes())
+    raw[at] ^= 1
+    file.path.write_bytes(raw)
+    with pytest.raises(EngineError, match=r"not as it was built: its SHA-256 differs"):
+        load(file, FakeDevice(1, 1), digest)
 
 
 @pytest.mark.usefixtures("small_pieces")
