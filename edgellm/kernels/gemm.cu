@@ -138,11 +138,13 @@ DEVICE void gemm_tile(const Rows& rows, const u8* __restrict__ weights, const u1
             scale_operand<BITS, ZERO>(a[i], scales + r * P::SCALE_BYTES + (g * P::GROUPS + group) * P::VALUES * 2);
           }
         }
+        // All tiles in turn, so that none waits for its own sum.
 #pragma unroll
-        for (int tile = 0; tile < TILES; tile++) {
+        for (int tile = 0; tile < TILES; tile++)
           mma(acc[r][tile], a[0][0], a[0][1], a[0][2], a[0][3], b[tile].x, b[tile].y);
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++)
           mma(acc[r][tile], a[1][0], a[1][1], a[1][2], a[1][3], b[tile].z, b[tile].w);
-        }
       }
     }
   }
@@ -161,20 +163,31 @@ DEVICE void gemm_tile(const Rows& rows, const u8* __restrict__ weights, const u1
     }
   }
   if constexpr (EPILOGUE == RESIDUAL || EPILOGUE == LOGITS) {
-    // Eight lanes have eight neighbours of a token: whole sectors of float32.
+    // Eight lanes have eight neighbours of a token: whole sectors of float32. Some tiles are read, then written, or
+    // each value would wait for the one before it.
+    constexpr int SOME = TILES < 4 ? TILES : 4;
 #pragma unroll
     for (int r = 0; r < RB; r++)
 #pragma unroll
-      for (int tile = 0; tile < TILES; tile++)
+      for (int tile0 = 0; tile0 < TILES; tile0 += SOME) {
+        float old[SOME][4];
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const int token = token0 + (warp_t * TILES + tile) * 8 + 2 * t + i % 2;
-          const int row = (row_block0 + warp_r * RB + r) * ROW_BLOCK + g + i / 2 * 8;
-          if (token < tokens && row < outputs) {
-            float* const at = (float*)out + (u64)token * outputs + row;
-            *at = EPILOGUE == LOGITS ? acc[r][tile][i] : load_l2(at) + acc[r][tile][i];
-          }
-        }
+        for (int write = 0; write < 2; write++)
+#pragma unroll
+          for (int tile = 0; tile < SOME; tile++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+              const int token = token0 + (warp_t * TILES + tile0 + tile) * 8 + 2 * t + i % 2;
+              const int row = (row_block0 + warp_r * RB + r) * ROW_BLOCK + g + i / 2 * 8;
+              if (token >= tokens || row >= outputs) continue;
+              float* const at = (float*)out + (u64)token * outputs + row;
+              if (write) {
+                *at = EPILOGUE == LOGITS ? acc[r][tile0 + tile][i] : old[tile][i] + acc[r][tile0 + tile][i];
+              } else if (EPILOGUE == RESIDUAL) {
+                old[tile][i] = load_l2(at);
+              }
+            }
+      }
   } else {
     // Through shared memory, so that a warp stores whole lines.
     constexpr int ROWS = ROW_BLOCKS * (EPILOGUE == SWIGLU ? 8 : 16), LINE = ROWS + 8;

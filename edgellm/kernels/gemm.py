@@ -45,8 +45,9 @@ TILES: Final = (
     Tile(8, 128, 2, 2, 4),
     Tile(8, 128, 2, 2, 3),
     Tile(8, 128, 2, 2, 2),
+    Tile(8, 128, 4, 2, 4),
+    Tile(8, 128, 4, 2, 3),
     Tile(8, 64, 2, 2, 4),
-    Tile(8, 64, 2, 2, 3),
     Tile(8, 64, 2, 2, 2),
     Tile(4, 64, 2, 2, 4),
     Tile(4, 64, 2, 2, 3),
@@ -142,19 +143,26 @@ def tile_for(shape: PackedShape, *, tokens: int, device: Device) -> Tile:
 
 
 def _cost(shape: PackedShape, tokens: int, device: Device, tile: Tile) -> float:
-    """Time, in no particular unit: waves of blocks, each as long as its arithmetic or its reads take."""
+    """Time, in no particular unit: waves of blocks, and how fast an SM works with as many warps as it has."""
     x, y, _ = grid_of(shape, tokens, tile)
-    per_sm = max(1, min(2, (device.shared_per_block + 1024) // (shared_bytes(shape, tile) + 1024)))
     blocks = x * y
-    # Full SMs, then a rest; an SM with one block has half as many warps to hide latencies with.
+    # Four warps use up to half of an SM's registers, eight all of them.
+    per_sm = min(
+        8 // (tile.threads // 32), (device.shared_per_block + 1024) // (shared_bytes(shape, tile) + 1024)
+    )
+    per_sm = max(1, per_sm)
     full, rest = divmod(blocks, device.multiprocessors * per_sm)
-    waves = full * per_sm + (0 if rest == 0 else 1.2 if rest <= device.multiprocessors else per_sm)
-    rows, columns = tile.row_blocks * ROW_BLOCK, tile.tokens
-    warp_rows, warp_columns = rows // tile.warps_r, columns // tile.warps_t
-    # A product needs its operands from shared memory, 1/2 byte of w and 2 of x, and w's dequantization.
-    reads = 1 / warp_columns * 0.5 + 2 / warp_rows + 4 / warp_columns
-    stalls = 1.0 if tile.stages >= 4 else 1.05 if tile.stages == 3 else 1.3
-    return waves * rows * columns * (1 + 8 * reads) * stalls
+    rest_per_sm = -(-rest // device.multiprocessors)
+    time = full * per_sm / _pace(tile, per_sm) + (rest_per_sm / _pace(tile, rest_per_sm) if rest else 0.0)
+    return time * tile.row_blocks * tile.tokens
+
+
+def _pace(tile: Tile, blocks: int) -> float:
+    """How fast an SM with this many blocks works, measured on an H100: 1 with 8 warps of 64 × 64."""
+    rows, tokens = tile.row_blocks * ROW_BLOCK // tile.warps_r, tile.tokens // tile.warps_t
+    reuse = 1.0 if rows * tokens >= 4096 else 0.9 if rows * tokens >= 2048 else 0.75
+    warps = 1.0 if blocks * tile.threads >= 256 else 0.55
+    return reuse * warps * (1.0 if tile.stages >= 4 else 0.97 if tile.stages == 3 else 0.75)
 
 
 def grid_of(shape: PackedShape, tokens: int, tile: Tile) -> tuple[int, int, int]:

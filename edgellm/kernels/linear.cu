@@ -11,10 +11,10 @@
 #include "packed.cuh"
 
 enum Epilogue { STORE = 0, RESIDUAL = 1, SWIGLU = 2, LOGITS = 3 };
-enum Join { WHOLE = 0, LAST_BLOCK = 1, CLUSTER = 2 };
+enum Join { WHOLE = 0, LAST_BLOCK = 1, CLUSTER = 2, SHARED_X = 3 };
 
 // What a linear's shared memory holds, in this order. `linear.py` computes the same.
-template <int BITS, int GROUP, int ZERO, int K, int SLABS, int ROWS, int WARPS, int STAGES, int UNIT, int BATCH> struct Layout {
+template <int BITS, int GROUP, int ZERO, int K, int SLABS, int ROWS, int WARPS, int STAGES, int ABREAST, int BATCH, int SETS, bool NORM> struct Layout {
   using P = Panel<BITS, GROUP, ZERO>;
   static constexpr int PANELS = K / P::COLUMNS;
   static constexpr int SLAB_PANELS = (PANELS + SLABS - 1) / SLABS;
@@ -26,78 +26,18 @@ template <int BITS, int GROUP, int ZERO, int K, int SLABS, int ROWS, int WARPS, 
   static constexpr int LINE = 20;
 
   static constexpr int RING = 0;
-  static constexpr int X = RING + WARPS * STAGES * UNIT * P::BYTES;
+  static constexpr int X = RING + WARPS * STAGES * ABREAST * P::BYTES;
   static constexpr int SUMS = X + ROWS * X_STRIDE * 2;
-  static constexpr int REDUCE = SUMS + (BITS < 16 ? SLAB / GROUP * SUMS_STRIDE * 4 : 0);
-  static constexpr int PARTS = REDUCE + 2 * BATCH * WARPS * ROWS * LINE * 4;
+  static constexpr int REDUCE = SUMS + (BITS < 16 ? (SLAB / GROUP * SUMS_STRIDE * 4 + 15) / 16 * 16 : 0);
+  static constexpr int GAIN = REDUCE + SETS * BATCH * WARPS * ABREAST * ROWS * LINE * 4;
+  static constexpr int PARTS = GAIN + (NORM ? SLAB * 4 : 0);
 };
 
 // A value that is kept in a register: what is cheap to compute once the compiler would rather compute each time.
 DEVICE void kept(u32& v) { asm volatile("" : "+r"(v)); }
 
-DEVICE void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
-
 DEVICE void copy_async_at(u32 shared, const void* global) {
   asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
-}
-
-// x of this slab to shared memory as float16, and the sums of its groups as the tensor cores will see it.
-template <int K, int SLAB, int ROWS, int WARPS, int GROUP, bool SUMMED, bool NORM, int X_STRIDE, int SUMS_STRIDE>
-DEVICE void load_x(const void* x, const float* gain, const float* squares, float epsilon, int first, int columns,
-                   u16* xs, float* sums) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  constexpr int STRIP = 256;  // a lane has 8 neighbouring columns of it
-  constexpr int STRIPS = (SLAB + STRIP - 1) / STRIP;
-  constexpr int SIDE = ROWS < WARPS ? ROWS : WARPS;  // rows at a time
-  constexpr int SHARE = WARPS / SIDE;                // warps to a row
-#pragma unroll 1
-  for (int row = warp % SIDE; row < ROWS; row += SIDE) {
-    if (warp / SIDE >= SHARE) break;
-    float factor = 1.f;
-    if constexpr (NORM) {
-      float sum = 0.f;
-      constexpr int COUNT = K / ROW_BLOCK / 4;
-#pragma unroll
-      for (int i = 0; i < (COUNT + 31) / 32; i++) {
-        const int at = i * 32 + lane;
-        const float4 s = at < COUNT ? load_l2((const float4*)(squares + (u64)row * (K / ROW_BLOCK)) + at)
-                                    : make_float4(0.f, 0.f, 0.f, 0.f);
-        sum += (s.x + s.y) + (s.z + s.w);
-      }
-      factor = rsqrtf(warp_sum(sum) * (1.f / K) + epsilon);
-    }
-#pragma unroll 4
-    for (int strip = warp / SIDE; strip < STRIPS; strip += SHARE) {
-      const int column = strip * STRIP + lane * 8;
-      const bool inside = column < columns;
-      uint4 packed = make_uint4(0, 0, 0, 0);
-      if (inside) {
-        if constexpr (NORM) {
-          const float4* from = (const float4*)((const float*)x + (u64)row * K + first + column);
-          const float4* scale = (const float4*)(gain + first + column);
-          const float4 a = load_l2(from), b = load_l2(from + 1), p = __ldg(scale), q = __ldg(scale + 1);
-          packed.x = pack_half2_saturated(a.x * factor * p.x, a.y * factor * p.y);
-          packed.y = pack_half2_saturated(a.z * factor * p.z, a.w * factor * p.w);
-          packed.z = pack_half2_saturated(b.x * factor * q.x, b.y * factor * q.y);
-          packed.w = pack_half2_saturated(b.z * factor * q.z, b.w * factor * q.w);
-        } else {
-          packed = load_l2((const uint4*)((const u16*)x + (u64)row * K + first + column));
-        }
-        *(uint4*)(xs + row * X_STRIDE + column) = packed;
-      }
-      if constexpr (SUMMED) {
-        const float2 a = half2_to_float2(packed.x), b = half2_to_float2(packed.y);
-        const float2 c = half2_to_float2(packed.z), d = half2_to_float2(packed.w);
-        float sum = ((a.x + a.y) + (b.x + b.y)) + ((c.x + c.y) + (d.x + d.y));
-#pragma unroll
-        for (int o = 1; o < GROUP / 8; o *= 2) sum += __shfl_xor_sync(FULL_WARP, sum, o);
-        if (inside && lane % (GROUP / 8) == 0) {
-          sums[column / GROUP * SUMS_STRIDE + row] = sum;
-          if constexpr (ROWS == 1) sums[column / GROUP * SUMS_STRIDE + 1] = sum;
-        }
-      }
-    }
-  }
 }
 
 // A value at the same place in another block's shared memory.
@@ -111,20 +51,157 @@ DEVICE float load_cluster(const float* here, u32 rank) {
   return v;
 }
 
+// A value to the same place in another block's shared memory.
+DEVICE void store_cluster(u32 here, u32 rank, uint4 v) {
+#if __CUDA_ARCH__ >= 900
+  u32 there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
+  asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(there), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+#endif
+}
+
+DEVICE void store_cluster(u32 here, u32 rank, float v) {
+#if __CUDA_ARCH__ >= 900
+  u32 there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(v) : "memory");
+#endif
+}
+
+// The two halves of a barrier that only says that a block has started.
+DEVICE void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+
+DEVICE void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
 DEVICE void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
 
+// Eight neighbouring values of x as they lie in memory.
+template <bool NORM> struct Eight;
+
+template <> struct Eight<false> {
+  uint4 halves;
+  DEVICE void load(const void* x, u64 at) { halves = load_l2((const uint4*)((const u16*)x + at)); }
+  DEVICE uint4 packed(float, const float*) const { return halves; }
+};
+
+template <> struct Eight<true> {
+  float4 low, high;
+  DEVICE void load(const void* x, u64 at) {
+    low = load_l2((const float4*)((const float*)x + at));
+    high = load_l2((const float4*)((const float*)x + at) + 1);
+  }
+  DEVICE uint4 packed(float factor, const float* gain) const {
+    const float4 p = *(const float4*)gain, q = *(const float4*)(gain + 4);
+    return make_uint4(pack_half2_saturated(low.x * factor * p.x, low.y * factor * p.y),
+                      pack_half2_saturated(low.z * factor * p.z, low.w * factor * p.w),
+                      pack_half2_saturated(high.x * factor * q.x, high.y * factor * q.y),
+                      pack_half2_saturated(high.z * factor * q.z, high.w * factor * q.w));
+  }
+};
+
+// x of this slab to shared memory as float16, by way of the norm with this slab's `gain`, and the sums of its groups
+// as the tensor cores will see it. Loads are in flight together: several strips of columns, and the squares. Of SHARED
+// blocks in a cluster each brings its share of the rows to all.
+template <int K, int SLAB, int ROWS, int SHARED, int WARPS, int GROUP, bool SUMMED, bool NORM, int X_STRIDE, int SUMS_STRIDE>
+DEVICE void load_x(const void* x, const float* gain, const float* squares, float epsilon, int first, int columns,
+                   u16* xs, float* sums) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  constexpr int STRIP = 256;  // a lane has 8 neighbouring columns of it
+  constexpr int HERE = ROWS / SHARED;                // rows of this block
+  constexpr int SIDE = HERE < WARPS ? HERE : WARPS;  // of them at a time
+  constexpr int SHARE = WARPS / SIDE;                // warps to a row
+  constexpr int MINE = (SLAB + STRIP * SHARE - 1) / (STRIP * SHARE);
+  constexpr int AT_ONCE = MINE < (NORM ? 4 : 6) ? MINE : (NORM ? 4 : 6);
+  if (warp >= SIDE * SHARE) return;
+#pragma unroll 1
+  for (int part = warp % SIDE; part < HERE; part += SIDE) {
+    const int row = SHARED > 1 ? part * SHARED + blockIdx.x % SHARED : part;
+    constexpr int FOURS = K / ROW_BLOCK / 4, LOADS = NORM ? (FOURS + 31) / 32 : 1;
+    float4 square[LOADS];
+    float factor = 1.f;
+    if constexpr (NORM) {
+#pragma unroll
+      for (int i = 0; i < LOADS; i++) {
+        square[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+        if (i * 32 + lane < FOURS)
+          square[i] = load_l2((const float4*)(squares + (u64)row * (K / ROW_BLOCK)) + i * 32 + lane);
+      }
+    }
+#pragma unroll 1
+    for (int begin = 0; begin < MINE; begin += AT_ONCE) {
+      Eight<NORM> eight[AT_ONCE];
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; i++) {
+        const int column = ((begin + i) * SHARE + warp / SIDE) * STRIP + lane * 8;
+        if (column < columns) eight[i].load(x, (u64)row * K + first + column);
+      }
+      if constexpr (NORM) {
+        if (begin == 0) {
+          float sum = 0.f;
+#pragma unroll
+          for (int i = 0; i < LOADS; i++) sum += (square[i].x + square[i].y) + (square[i].z + square[i].w);
+          factor = rsqrtf(warp_sum(sum) * (1.f / K) + epsilon);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; i++) {
+        const int column = ((begin + i) * SHARE + warp / SIDE) * STRIP + lane * 8;
+        const bool inside = column < columns;
+        uint4 packed = make_uint4(0, 0, 0, 0);
+        if (inside) {
+          packed = eight[i].packed(factor, gain + column);
+          if constexpr (SHARED > 1) {
+#pragma unroll
+            for (int rank = 0; rank < SHARED; rank++)
+              store_cluster(shared_address(xs + row * X_STRIDE + column), rank, packed);
+          } else {
+            *(uint4*)(xs + row * X_STRIDE + column) = packed;
+          }
+        }
+        if constexpr (SUMMED) {
+          const float2 a = half2_to_float2(packed.x), b = half2_to_float2(packed.y);
+          const float2 c = half2_to_float2(packed.z), d = half2_to_float2(packed.w);
+          float sum = ((a.x + a.y) + (b.x + b.y)) + ((c.x + c.y) + (d.x + d.y));
+#pragma unroll
+          for (int o = 1; o < GROUP / 8; o *= 2) sum += __shfl_xor_sync(FULL_WARP, sum, o);
+          if (inside && lane % (GROUP / 8) == 0) {
+            if constexpr (SHARED > 1) {
+#pragma unroll
+              for (int rank = 0; rank < SHARED; rank++)
+                store_cluster(shared_address(sums + column / GROUP * SUMS_STRIDE + row), rank, sum);
+            } else {
+              sums[column / GROUP * SUMS_STRIDE + row] = sum;
+            }
+            if constexpr (ROWS == 1) sums[column / GROUP * SUMS_STRIDE + 1] = sum;
+          }
+        }
+      }
+    }
+  }
+}
+
 // Where a slab's sums of a round are found, by the row block's place among the block's, row and line of it.
 
-template <int ROWS, int WARPS_K, int LINE> struct Reduced {  // of the warps of this block
+template <int ROWS, int WARPS_K, int ABREAST, int LINE> struct Reduced {  // of the warps of this block
   const float* buffer;
   DEVICE float operator()(int sub, int n, int line) const {
+    const float* const from = buffer + ((sub / ABREAST * WARPS_K * ABREAST + sub % ABREAST) * ROWS + n) * LINE + line;
     float v = 0.f;
 #pragma unroll
-    for (int i = 0; i < WARPS_K; i++) v += buffer[((sub * WARPS_K + i) * ROWS + n) * LINE + line];
+    for (int i = 0; i < WARPS_K; i++) v += from[i * ABREAST * ROWS * LINE];
     return v;
   }
 };
@@ -209,18 +286,19 @@ template <int ROWS, int SIDE_BY_SIDE, int LINES> struct Element {
 // out: STORE, SWIGLU float16 [ROWS, outputs]; LOGITS float32 [ROWS, outputs]; RESIDUAL adds to float32 [ROWS, outputs]
 // squares_out: of the new residual, float32 [ROWS, outputs / 16], or null
 // workspace: of LAST_BLOCK: 1024 counters, which are 0 before and after, then float32 [SLABS, row_blocks, ROWS, 16]
-template <int BITS, int GROUP, int ZERO, int K, int SLABS, int JOIN, int ROWS, int EPILOGUE, bool NORM, int WARPS,
-          int WARPS_K, int STAGES, int UNIT, int BATCH>
+template <int BITS, int GROUP, int ZERO, int K, int PARTS, int JOIN, int ROWS, int EPILOGUE, bool NORM, int WARPS,
+          int WARPS_K, int STAGES, int EARLY, int ABREAST, int BATCH, int SETS>
 DEVICE void linear_body(const u8* __restrict__ weights, const void* x, const float* __restrict__ gain,
                         const float* squares, float epsilon, const float* __restrict__ bias, void* out,
                         float* squares_out, u8* workspace, int row_blocks, int outputs) {
+  // Blocks of a cluster either part the columns or share the work of loading x.
+  constexpr int SLABS = JOIN == SHARED_X ? 1 : PARTS, SHARED = JOIN == SHARED_X ? PARTS : 1;
   using P = Panel<BITS, GROUP, ZERO>;
-  using L = Layout<BITS, GROUP, ZERO, K, SLABS, ROWS, WARPS, STAGES, UNIT, BATCH>;
+  using L = Layout<BITS, GROUP, ZERO, K, SLABS, ROWS, WARPS, STAGES, ABREAST, BATCH, SETS, NORM>;
   using W = Writer<EPILOGUE>;
-  constexpr int THREADS = WARPS * 32, TILES = (ROWS + 7) / 8, SIDE_BY_SIDE = WARPS / WARPS_K;
-  // Panels that every warp has of a row block, if all have the same number of units; else it is counted below.
-  constexpr bool EVEN = L::PANELS % (SLABS * WARPS_K * UNIT) == 0;
-  static_assert(EVEN || UNIT == 1, "units are whole");
+  constexpr int THREADS = WARPS * 32, TILES = (ROWS + 7) / 8, SIDE_BY_SIDE = WARPS / WARPS_K * ABREAST;
+  // Whether every warp has the same number of panels of a row block.
+  constexpr bool EVEN = L::PANELS % (SLABS * WARPS_K) == 0;
   extern __shared__ __align__(16) u8 shared[];
   u16* const xs = (u16*)(shared + L::X);
   float* const sums = (float*)(shared + L::SUMS);
@@ -234,55 +312,79 @@ DEVICE void linear_body(const u8* __restrict__ weights, const void* x, const flo
   const int slab = SLABS > 1 ? blockIdx.y : 0;
   const int slab_panels = EVEN ? L::SLAB_PANELS : min(L::SLAB_PANELS, L::PANELS - slab * L::SLAB_PANELS);
 
-  // Row blocks first, first + step, …; in a round the block's groups of warps take SIDE_BY_SIDE neighbours.
-  const int first = blockIdx.x * SIDE_BY_SIDE + warp / WARPS_K, step = gridDim.x * SIDE_BY_SIDE;
+  // Row blocks first … first + ABREAST - 1, then `step` on, …; in a round the block takes SIDE_BY_SIDE neighbours.
+  const int first = blockIdx.x * SIDE_BY_SIDE + warp / WARPS_K * ABREAST, step = gridDim.x * SIDE_BY_SIDE;
   const int rounds = (row_blocks - int(blockIdx.x) * SIDE_BY_SIDE + step - 1) / step;
   const int mine = first < row_blocks ? (row_blocks - first + step - 1) / step : 0;
   const int begin = warp % WARPS_K * slab_panels / WARPS_K;
   const int count = EVEN ? L::SLAB_PANELS / WARPS_K : (warp % WARPS_K + 1) * slab_panels / WARPS_K - begin;
 
-  // What was not read before comes from memory: asked for ahead of the weights it is there in time.
-  if (NORM && threadIdx.x < L::SLAB / 32) prefetch(gain + slab * L::SLAB + threadIdx.x * 32);
+  // The gain first: behind the weights it would arrive late.
+  float* const gains = (float*)(shared + L::GAIN);
+  if constexpr (NORM) {
+    for (int i = threadIdx.x; i < slab_panels * P::COLUMNS / 4; i += THREADS)
+      copy_async(gains + i * 4, gain + slab * L::SLAB + i * 4);
+    copy_async_commit();
+  }
 
-  // The ring: `source` runs over this warp's panels of each of its row blocks, STAGES - 1 units ahead of use.
-  u32 ring_at = L::RING + warp * STAGES * UNIT * P::BYTES;
+  // The ring: `source` runs over this warp's panels of each of its row blocks, STAGES - 1 ahead of use; with a panel
+  // go those of the same columns of its ABREAST - 1 neighbours.
+  constexpr int UNIT = ABREAST * P::BYTES, ROW_BLOCK_BYTES = L::PANELS * P::BYTES;
+  u32 ring_at = L::RING + warp * STAGES * UNIT;
   kept(ring_at);
   u8* const ring = shared + ring_at;
   const u8* source = weights + ((u64)first * L::PANELS + slab * L::SLAB_PANELS + begin) * P::BYTES + lane * 16;
   u32 jump = (u32(step) * L::PANELS - count) * P::BYTES;
   u32 target = shared_address(ring) + lane * 16;
-  u32 target_end = target + STAGES * UNIT * P::BYTES;
-  int to_issue = mine * count, to_jump = count;
+  u32 target_end = target + STAGES * UNIT;
+  int to_issue = mine * count, to_jump = count, neighbours = row_blocks - first;
   kept(jump), kept(target), kept(target_end);
   auto issue = [&] {
     if (to_issue > 0) {
 #pragma unroll
-      for (int at = 0; at < UNIT * P::BYTES; at += 512)
-        if (at + 512 <= UNIT * P::BYTES || lane * 16 < UNIT * P::BYTES - at) copy_async_at(target + at, source + at);
-      source += UNIT * P::BYTES;
-      target += UNIT * P::BYTES;
-      to_jump -= UNIT;
-      if (to_jump == 0) to_jump = count, source += jump;
-      if (target == target_end) target -= STAGES * UNIT * P::BYTES;
-      to_issue -= UNIT;
+      for (int r = 0; r < ABREAST; r++)
+        if (r == 0 || r < neighbours) {
+#pragma unroll
+          for (int at = 0; at < P::BYTES; at += 512)
+            if (at + 512 <= P::BYTES || lane * 16 < P::BYTES - at)
+              copy_async_at(target + r * P::BYTES + at, source + r * ROW_BLOCK_BYTES + at);
+        }
+      source += P::BYTES;
+      target += UNIT;
+      if (--to_jump == 0) to_jump = count, source += jump, neighbours -= step;
+      if (target == target_end) target -= STAGES * UNIT;
+      to_issue--;
     }
     copy_async_commit();
   };
+  if constexpr (SHARED > 1) cluster_arrive();
+  // The rest follows behind x, which would wait behind it.
 #pragma unroll 1
-  for (int i = 0; i < STAGES - 1; i++) issue();
-
-  launch_dependents();
+  for (int i = 0; i < EARLY; i++) issue();
+  if constexpr (NORM) {
+    copy_async_wait<EARLY>();
+    __syncthreads();
+  }
   wait_for_previous();
 
   const W writer{bias, out, squares_out, row_blocks, outputs};
   const Element<ROWS, SIDE_BY_SIDE, W::LINES> early(threadIdx.x);
   float old = 0.f;
-  if constexpr (JOIN == WHOLE)
+  if constexpr (JOIN == WHOLE || JOIN == SHARED_X)
     if (early.round < BATCH) old = writer.old(blockIdx.x * SIDE_BY_SIDE + early.round * step + early.sub, early.n, early.line);
 
-  load_x<K, L::SLAB, ROWS, WARPS, GROUP, (BITS < 16), NORM, L::X_STRIDE, L::SUMS_STRIDE>(
-      x, gain, squares, epsilon, slab * L::SLAB, slab_panels * P::COLUMNS, xs, sums);
-  __syncthreads();
+  if constexpr (SHARED > 1) cluster_wait();
+  load_x<K, L::SLAB, ROWS, SHARED, WARPS, GROUP, (BITS < 16), NORM, L::X_STRIDE, L::SUMS_STRIDE>(
+      x, gains, squares, epsilon, slab * L::SLAB, slab_panels * P::COLUMNS, xs, sums);
+#pragma unroll 1
+  for (int i = EARLY; i < STAGES - 1; i++) issue();
+  // Not sooner: the next kernel's weights would be ahead of this one's x.
+  launch_dependents();
+  if constexpr (SHARED > 1) {
+    cluster_barrier();
+  } else {
+    __syncthreads();
+  }
 
   // Offsets into shared memory of what a lane reads of x and its sums, for this warp's first panel.
   u32 x_begin = L::X + ((g & (ROWS - 1)) * L::X_STRIDE + begin * P::COLUMNS) * 2;
@@ -292,49 +394,48 @@ DEVICE void linear_body(const u8* __restrict__ weights, const void* x, const flo
   u32 used = 0;
 #pragma unroll 1
   for (int round = 0; round < rounds; round++) {
-    float acc[TILES][4] = {};
+    float acc[ABREAST][TILES][4] = {};
     if (first + round * step < row_blocks) {
       u32 x_at = x_begin, sums_at = sums_begin;
 #pragma unroll 1
-      for (int i = 0; i < count; i += UNIT) {
+      for (int i = 0; i < count; i++) {
         copy_async_wait<STAGES - 2>();
         __syncwarp();  // all lanes' copies have arrived, and nobody still reads the unit that is filled next
         issue();
-#pragma unroll
-        for (int at = 0; at < UNIT; at++)
-          multiply_panel<BITS, GROUP, ZERO, ROWS, L::SUMS_STRIDE>(ring + used + at * P::BYTES, lane,
-                                                                  (const u16*)(shared + x_at) + at * P::COLUMNS,
-                                                                  8 * L::X_STRIDE,
-                                                                  (const float*)(shared + sums_at) +
-                                                                      at * P::GROUPS * L::SUMS_STRIDE,
-                                                                  acc);
-        x_at += UNIT * P::COLUMNS * 2;
-        sums_at += UNIT * P::GROUPS * L::SUMS_STRIDE * 4;
-        used += UNIT * P::BYTES;
-        if (used == STAGES * UNIT * P::BYTES) used = 0;
+        multiply_panels<BITS, GROUP, ZERO, ROWS, L::SUMS_STRIDE, ABREAST>(
+            ring + used, P::BYTES, lane, (const u16*)(shared + x_at), 8 * L::X_STRIDE, (const float*)(shared + sums_at),
+            acc);
+        x_at += P::COLUMNS * 2;
+        sums_at += P::GROUPS * L::SUMS_STRIDE * 4;
+        used += UNIT;
+        if (used == STAGES * UNIT) used = 0;
       }
     }
-    // The warps' sums meet every BATCH rounds. Two sets of buffers: who is ahead writes into the other one.
-    constexpr int BUFFER = WARPS * ROWS * L::LINE;
-    float* const buffers = reduce + round / BATCH % 2 * BATCH * BUFFER;
+    // The warps' sums meet every BATCH rounds. With two sets of buffers, who is ahead writes into the other one.
+    constexpr int BUFFER = WARPS * ABREAST * ROWS * L::LINE;
+    float* const buffers = reduce + round / BATCH % SETS * BATCH * BUFFER;
 #pragma unroll
-    for (int tile = 0; tile < TILES; tile++)
+    for (int r = 0; r < ABREAST; r++)
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int n = tile * 8 + 2 * t + i % 2;
-        if (n < ROWS) buffers[round % BATCH * BUFFER + (warp * ROWS + n) * L::LINE + g + i / 2 * 8] = acc[tile][i];
-      }
+      for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const int n = tile * 8 + 2 * t + i % 2;
+          if (n < ROWS)
+            buffers[round % BATCH * BUFFER + ((warp * ABREAST + r) * ROWS + n) * L::LINE + g + i / 2 * 8] =
+                acc[r][tile][i];
+        }
     if (round % BATCH < BATCH - 1 && round < rounds - 1) continue;
     __syncthreads();
     const int round0 = round / BATCH * BATCH, here = round - round0 + 1;
-    if constexpr (JOIN == WHOLE) {
+    if constexpr (JOIN == WHOLE || JOIN == SHARED_X) {
       const int elements = here * SIDE_BY_SIDE * ROWS * W::LINES;
 #pragma unroll 1
       for (int e = threadIdx.x; (e & ~31) < elements; e += THREADS) {
         const Element<ROWS, SIDE_BY_SIDE, W::LINES> at(e);
         const int row_block = blockIdx.x * SIDE_BY_SIDE + (round0 + at.round) * step + at.sub;
         const bool there = e < elements && row_block < row_blocks;
-        const Reduced<ROWS, WARPS_K, L::LINE> source{buffers + at.round * BUFFER};
+        const Reduced<ROWS, WARPS_K, ABREAST, L::LINE> source{buffers + at.round * BUFFER};
         if (round0 > 0 || e >= THREADS) old = there ? writer.old(row_block, at.n, at.line) : 0.f;
         const float v = there ? source(at.sub, at.n, at.line) : 0.f;
         const float up = EPILOGUE == SWIGLU && there ? source(at.sub, at.n, at.line + 8) : 0.f;
@@ -346,7 +447,7 @@ DEVICE void linear_body(const u8* __restrict__ weights, const void* x, const flo
         const Element<ROWS, SIDE_BY_SIDE, ROW_BLOCK> at(e);
         const int row_block = blockIdx.x * SIDE_BY_SIDE + (round0 + at.round) * step + at.sub;
         if (row_block >= row_blocks) continue;
-        const float v = Reduced<ROWS, WARPS_K, L::LINE>{buffers + at.round * BUFFER}(at.sub, at.n, at.line);
+        const float v = Reduced<ROWS, WARPS_K, ABREAST, L::LINE>{buffers + at.round * BUFFER}(at.sub, at.n, at.line);
         if constexpr (JOIN == CLUSTER) {
           parts[round0 * SIDE_BY_SIDE * ROWS * ROW_BLOCK + e] = v;
         } else {
@@ -354,6 +455,7 @@ DEVICE void linear_body(const u8* __restrict__ weights, const void* x, const flo
         }
       }
     }
+    if (SETS == 1 && round < rounds - 1) __syncthreads();
   }
 
   if constexpr (JOIN == CLUSTER) {
@@ -374,17 +476,17 @@ DEVICE void linear_body(const u8* __restrict__ weights, const void* x, const flo
     cluster_barrier();  // nobody leaves while others read its shared memory
   }
   if constexpr (JOIN == LAST_BLOCK) {
-    __shared__ int last;
+    int* const last = (int*)reduce;  // whose sums everybody has read after the next barrier
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
       int* const counter = (int*)workspace + blockIdx.x;
-      last = atomicAdd(counter, 1) == SLABS - 1;
-      if (last) *counter = 0;
+      *last = atomicAdd(counter, 1) == SLABS - 1;
+      if (*last) *counter = 0;
       __threadfence();
     }
     __syncthreads();
-    if (!last) return;
+    if (!*last) return;
     const int elements = rounds * SIDE_BY_SIDE * ROWS * W::LINES;
 #pragma unroll 1
     for (int e = threadIdx.x; (e & ~31) < elements; e += THREADS) {
@@ -402,21 +504,30 @@ DEVICE void linear_body(const u8* __restrict__ weights, const void* x, const flo
 }
 
 template <int BITS, int GROUP, int ZERO, int K, int SLABS, int JOIN, int ROWS, int EPILOGUE, bool NORM, int WARPS,
-          int WARPS_K, int STAGES, int UNIT, int BATCH, int BLOCKS>
+          int WARPS_K, int STAGES, int EARLY, int ABREAST, int BATCH, int SETS, int BLOCKS>
 __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     linear(const u8* weights, const void* x, const float* gain, const float* squares, float epsilon,
            const float* bias, void* out, float* squares_out, u8* workspace, int row_blocks, int outputs) {
-  linear_body<BITS, GROUP, ZERO, K, SLABS, JOIN, ROWS, EPILOGUE, NORM, WARPS, WARPS_K, STAGES, UNIT, BATCH>(
+  linear_body<BITS, GROUP, ZERO, K, SLABS, JOIN, ROWS, EPILOGUE, NORM, WARPS, WARPS_K, STAGES, EARLY, ABREAST, BATCH, SETS>(
       weights, x, gain, squares, epsilon, bias, out, squares_out, workspace, row_blocks, outputs);
 }
 
 #if __CUDA_ARCH__ >= 900
+template <int BITS, int GROUP, int ZERO, int K, int SHARED, int ROWS, int EPILOGUE, bool NORM, int WARPS, int WARPS_K,
+          int STAGES, int EARLY, int ABREAST, int BATCH, int SETS, int BLOCKS>
+__global__ void __launch_bounds__(WARPS * 32, BLOCKS) __cluster_dims__(SHARED, 1, 1)
+    sharing_linear(const u8* weights, const void* x, const float* gain, const float* squares, float epsilon,
+                   const float* bias, void* out, float* squares_out, u8* workspace, int row_blocks, int outputs) {
+  linear_body<BITS, GROUP, ZERO, K, SHARED, SHARED_X, ROWS, EPILOGUE, NORM, WARPS, WARPS_K, STAGES, EARLY, ABREAST, BATCH, SETS>(
+      weights, x, gain, squares, epsilon, bias, out, squares_out, workspace, row_blocks, outputs);
+}
+
 template <int BITS, int GROUP, int ZERO, int K, int SLABS, int ROWS, int EPILOGUE, bool NORM, int WARPS, int WARPS_K,
-          int STAGES, int UNIT, int BATCH, int BLOCKS>
+          int STAGES, int EARLY, int ABREAST, int BATCH, int SETS, int BLOCKS>
 __global__ void __launch_bounds__(WARPS * 32, BLOCKS) __cluster_dims__(1, SLABS, 1)
     cluster_linear(const u8* weights, const void* x, const float* gain, const float* squares, float epsilon,
                    const float* bias, void* out, float* squares_out, u8* workspace, int row_blocks, int outputs) {
-  linear_body<BITS, GROUP, ZERO, K, SLABS, CLUSTER, ROWS, EPILOGUE, NORM, WARPS, WARPS_K, STAGES, UNIT, BATCH>(
+  linear_body<BITS, GROUP, ZERO, K, SLABS, CLUSTER, ROWS, EPILOGUE, NORM, WARPS, WARPS_K, STAGES, EARLY, ABREAST, BATCH, SETS>(
       weights, x, gain, squares, epsilon, bias, out, squares_out, workspace, row_blocks, outputs);
 }
 #endif

@@ -6,8 +6,8 @@ how many bytes are under way in each SM, how evenly they are spread, and that x 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Final, Literal
 
 from edgellm.cuda.launch import Argument, At, Device, Kernel, Launch
@@ -17,9 +17,10 @@ from edgellm.kernels.packing import CHUNK, ROW_BLOCK, PackedShape, Zero
 Epilogue = Literal["store", "residual", "swiglu", "logits"]
 """`store`: float16 y; `residual`: added to float32; `swiglu`: float16 silu(gate) · up; `logits`: float32."""
 
-Join = Literal["whole", "last_block", "cluster"]
+Join = Literal["whole", "last_block", "cluster", "shared_x"]
 """Who adds what blocks with different columns found: nobody, if each has all columns; whichever block ends
-last, through the workspace; the blocks of a cluster, out of shared memory (compute capability 9)."""
+last, through the workspace; the blocks of a cluster, out of shared memory (compute capability 9). With
+`shared_x` the blocks of a cluster have all columns each, and part the work of loading x."""
 
 BUCKETS: Final = (1, 2, 4, 8, 16)
 """Rows that there are kernels for."""
@@ -33,16 +34,21 @@ ZERO_NAMES: Final[dict[Zero, str]] = {
     "zero_point": "ZERO_POINT",
     "offset": "OFFSET",
 }
-_WARPS: Final = 8
+_WARPS: Final = (16, 8, 4)
 _LINE: Final = 20
-_SHARED_GOAL: Final = 100 << 10
-"""Of a block, so that two kernels fit an SM: the next one's weights arrive while this one ends."""
+_SHARED_GOAL: Final = 190 << 10
+"""Of a block: the rest of an SM is cache."""
+_RING_GOAL: Final = 64 << 10
+"""Of weights under way in an SM, where there is room: latency × bandwidth, and what arrives meanwhile."""
+_EARLY_BYTES: Final = 105 << 10
+"""Of weights asked for before x, which waits behind them."""
 _X_GOAL: Final = 72 << 10
 """Of x in a block: beyond it the columns are parted among blocks."""
-_RING_LEAST: Final = 32 << 10
-_STAGES_LEAST: Final = 3
-_STAGES_MOST: Final = 24
+_STAGES_LEAST: Final = 2
+_STAGES_MOST: Final = 14
 _CLUSTER_MOST: Final = 8
+_GPC: Final = 16
+_SLABS_MOST: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +76,12 @@ class Tuning:
         join: who adds up the slabs.
         warps: of a block.
         warps_k: of them, side by side along the columns of one row block; divides `warps`.
-        stages: units of a warp's ring.
-        unit: panels that a warp waits for at a time; more than one only if all warps have whole units.
-        batch: row blocks whose sums over warps are added at a time.
+        stages: panels of a warp's ring, each with its neighbours abreast.
+        early: stages that are asked for before x is; the others follow behind it.
+        abreast: neighbouring row blocks that a warp multiplies at a time, reading x once.
+        batch: rounds of row blocks whose sums over warps are added at a time.
+        sets: of buffers for these sums: with two, no warp waits for them to be read.
+        shared: blocks of a cluster that part the work of loading x, with `shared_x`; divides blocks and rows.
         blocks_per_sm: that registers leave room for, of this linear and the next.
     """
 
@@ -82,9 +91,12 @@ class Tuning:
     warps: int
     warps_k: int
     stages: int
-    unit: int
+    early: int
+    abreast: int
     batch: int
-    blocks_per_sm: int = 2
+    sets: int
+    blocks_per_sm: int
+    shared: int = 1
 
 
 def decode_linear(
@@ -119,7 +131,7 @@ def decode_linear(
         raise ValueError(f"there are kernels for {BUCKETS} rows, not for {rows}")
     if (epilogue == "swiglu") != shape.swiglu:
         raise ValueError(f"epilogue {epilogue} does not suit weights with swiglu {shape.swiglu}")
-    cut = tuning or tuned(shape, rows=rows, device=device)
+    cut = tuning or tuned(shape, rows=rows, device=device, normed=norm is not None)
     if cut.join == "last_block" and workspace is None:
         raise ValueError("this linear needs a workspace")
     arguments: tuple[Argument, ...] = (
@@ -139,78 +151,143 @@ def decode_linear(
         _SOURCE,
         _expression(shape, rows, epilogue, cut, normed=norm is not None),
         cut.warps * 32,
-        shared_bytes(shape, rows, cut),
+        shared_bytes(shape, rows, cut, normed=norm is not None),
     )
     return [Launch(kernel, (cut.blocks, cut.slabs, 1), arguments)]
 
 
 def decode_workspace(shape: PackedShape, rows: int, device: Device) -> int:
     """Bytes that this linear's launches need of a workspace; 0: none."""
-    cut = tuned(shape, rows=rows, device=device)
-    if cut.join != "last_block":
-        return 0
-    return COUNTERS_BYTES + cut.slabs * shape.row_blocks * rows * ROW_BLOCK * 4
+    cuts = [tuned(shape, rows=rows, device=device, normed=normed) for normed in (False, True)]
+    slabs = max((cut.slabs for cut in cuts if cut.join == "last_block"), default=0)
+    return COUNTERS_BYTES + slabs * shape.row_blocks * rows * ROW_BLOCK * 4 if slabs else 0
 
 
-def tuned(shape: PackedShape, *, rows: int, device: Device) -> Tuning:
-    """The cut for a shape, a bucket and a device.
+@cache
+def tuned(shape: PackedShape, *, rows: int, device: Device, normed: bool) -> Tuning:
+    """The cut for a shape, a bucket and a device, with or without a norm in front.
 
     Raises:
-        BuildError: not even in slabs does x fit into the device's shared memory.
+        BuildError: in no way do two panels for each warp and x fit into the device's shared memory.
     """
-    for slabs, join in _partings(shape, rows, device):
-        cut = _balanced(shape, rows, device, slabs, join)
-        fixed = shared_bytes(shape, rows, replace(cut, stages=0))
-        room = max(min(_SHARED_GOAL, device.shared_per_block) - fixed, _RING_LEAST)
-        stages = min(room // (cut.warps * cut.unit * shape.panel_bytes), _STAGES_MOST)
-        cut = replace(cut, stages=max(stages, _STAGES_LEAST))
-        if shared_bytes(shape, rows, cut) <= device.shared_per_block:
-            return cut
-    raise BuildError(
-        f"a linear of {shape.k} columns needs more than the {device.shared_per_block} bytes of shared "
-        "memory that a block has on this device"
+    cuts = [
+        cut
+        for slabs, join, shared in _partings(shape, rows, device)
+        for warps in _WARPS
+        for warps_k in (16, 8, 4, 2, 1)
+        if warps_k <= warps
+        for abreast in _abreast(rows, device)
+        if (cut := _fitted(shape, rows, device, normed, _Way(slabs, join, shared, warps, warps_k, abreast)))
+    ]
+    if not cuts:
+        raise BuildError(
+            f"a linear of {shape.k} columns needs more than the {device.shared_per_block} bytes of shared "
+            "memory that a block has on this device"
+        )
+    return min(cuts, key=lambda cut: _cost(shape, rows, device, cut, normed=normed))
+
+
+def _abreast(rows: int, device: Device) -> tuple[int, ...]:
+    """Row blocks abreast that are worth trying. With many rows and clusters, shared memory is better used for
+    stages."""
+    if rows <= 2:
+        return (1, 2, 3)
+    return (1,) if rows >= 8 and device.has_dependent_launch else (1, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """A `Tuning` before its blocks and stages are known."""
+
+    slabs: int
+    join: Join
+    shared: int
+    warps: int
+    warps_k: int
+    abreast: int
+
+
+def _partings(shape: PackedShape, rows: int, device: Device) -> list[tuple[int, Join, int]]:
+    """Numbers of slabs with who joins them, and of blocks that share x; no slab is empty."""
+    most = min(shape.panels, _SLABS_MOST)
+    slabs = sorted({-(-shape.panels // -(-shape.panels // count)) for count in range(1, most + 1)})
+    least = next((count for count in slabs if _x_bytes(shape, rows, count) <= _X_GOAL), slabs[-1])
+    clusters = device.has_dependent_launch
+    ways: list[tuple[int, Join, int]] = [(1, "whole", 1)]
+    if clusters:
+        ways += [(1, "shared_x", shared) for shared in (2, 4) if rows >= 2 * shared]
+    for count in slabs[1:]:
+        if clusters and count <= _CLUSTER_MOST:
+            ways.append((count, "cluster", 1))
+        elif count >= least:
+            ways.append((count, "last_block", 1))
+    return ways
+
+
+def _fitted(shape: PackedShape, rows: int, device: Device, normed: bool, way: _Way) -> Tuning | None:
+    """With as many blocks as SMs, and as many stages as shared memory has room for; None: too few."""
+    size = way.slabs * way.shared
+    most = max(1, device.multiprocessors // size) * way.shared
+    if way.join in ("cluster", "shared_x") and size > 2:
+        # A cluster's blocks are on SMs of one GPC, most of which have 16 on an H100.
+        most = max(1, device.multiprocessors // _GPC * (_GPC // size)) * way.shared
+    side = way.warps // way.warps_k * way.abreast
+    blocks = min(most, -(-shape.row_blocks // (side * way.shared)) * way.shared)
+    rounds = -(-shape.row_blocks // (blocks * side))
+    cut = Tuning(
+        blocks=blocks,
+        slabs=way.slabs,
+        join=way.join,
+        warps=way.warps,
+        warps_k=way.warps_k,
+        stages=0,
+        early=0,
+        abreast=way.abreast,
+        batch=1,
+        sets=2 if rounds > 1 and rows <= 8 else 1,
+        blocks_per_sm=1,
+        shared=way.shared,
     )
+    fixed = shared_bytes(shape, rows, cut, normed=normed)
+    unit = way.warps * way.abreast * shape.panel_bytes
+    room = min(max(_SHARED_GOAL, fixed + _RING_GOAL), device.shared_per_block) - fixed
+    stages = min(room // unit, _STAGES_MOST)
+    if stages < _STAGES_LEAST:
+        return None
+    early = max(1, min(stages - 1, _EARLY_BYTES // unit))
+    return replace(cut, stages=stages, early=early)
 
 
-def _partings(shape: PackedShape, rows: int, device: Device) -> Iterator[tuple[int, Join]]:
-    """Slabs and who joins them, the best first."""
-    slabs = 1
-    while _x_bytes(shape, rows, slabs) > _X_GOAL:
-        slabs += 1
-    slabs = -(-shape.panels // -(-shape.panels // slabs))  # none is empty
-    if slabs == 1:
-        yield 1, "whole"
-    elif device.has_dependent_launch:
-        if slabs <= _CLUSTER_MOST:
-            yield slabs, "cluster"
-        # Many row blocks, as a vocabulary has: their sums do not fit beside x, but then x costs little.
-        yield 1, "whole"
-    for panels in range(-(-shape.panels // slabs), 0, -1):
-        yield -(-shape.panels // panels), "last_block"
-
-
-def _balanced(shape: PackedShape, rows: int, device: Device, slabs: int, join: Join) -> Tuning:
-    """Blocks and warps that end together, as nearly as whole panels let them; no stages yet."""
-    slab_panels = -(-shape.panels // slabs)
-    most = max(1, device.multiprocessors // slabs)
-
-    def cost(warps_k: int) -> tuple[float, int]:
-        rounds = -(-shape.row_blocks // (most * (_WARPS // warps_k)))
-        # A round costs its panels and about as much as one and a half for the sum over warps.
-        return rounds * (-(-slab_panels // warps_k) + 1.5), -warps_k
-
-    warps_k = min((8, 4, 2, 1), key=cost)
-    blocks = min(most, -(-shape.row_blocks // (_WARPS // warps_k)))
-    unit = 2 if shape.panels % (slabs * warps_k * 2) == 0 else 1
-    rounds = -(-shape.row_blocks // (blocks * (_WARPS // warps_k)))
-    batch = min(4 if rows <= 2 else 1, rounds)
-    return Tuning(blocks, slabs, join, _WARPS, warps_k, 0, unit, batch)
+def _cost(shape: PackedShape, rows: int, device: Device, cut: Tuning, *, normed: bool) -> float:
+    """Time in panels that an SM multiplies: rounds with their sums over warps, x, and what a cluster's blocks
+    wait for each other. Its numbers come from an H100."""
+    slab_panels = -(-shape.panels // cut.slabs)
+    side = cut.warps // cut.warps_k * cut.abreast
+    rounds = -(-shape.row_blocks // (cut.blocks * side))
+    # What a round takes is how long its warps are busy; few warps hide latencies badly.
+    busy = -(-slab_panels // cut.warps_k) * cut.abreast * cut.warps * (1.0 if cut.warps > 8 else 1.3)
+    x = 0.6 * rows * slab_panels * shape.panel * (4 if normed else 2) / shape.panel_bytes / cut.shared
+    wait = {
+        "whole": 0.0,
+        "shared_x": 12.0 + 4.0 * cut.shared,
+        "cluster": 24.0 + 12.0 * cut.slabs,
+        "last_block": 96.0 + 8.0 * cut.slabs,
+    }[cut.join]
+    waves = -(-cut.blocks * cut.slabs // device.multiprocessors)
+    time = waves * (rounds * (busy + 8.0 / cut.abreast) + x + wait)
+    # Of equals, the one with more warps along the columns: its row blocks end one by one.
+    return time * (1 + 0.01 * (16 // cut.warps_k).bit_length())
 
 
 def row_blocks_of(shape: PackedShape, cut: Tuning, block: int, warp: int) -> list[int]:
     """The row blocks that a warp of block (block, any) multiplies: the kernel's arithmetic, for tests."""
-    side = cut.warps // cut.warps_k
-    return list(range(block * side + warp // cut.warps_k, shape.row_blocks, cut.blocks * side))
+    side = cut.warps // cut.warps_k * cut.abreast
+    first = block * side + warp // cut.warps_k * cut.abreast
+    return [
+        row_block + neighbour
+        for row_block in range(first, shape.row_blocks, cut.blocks * side)
+        for neighbour in range(min(cut.abreast, shape.row_blocks - row_block))
+    ]
 
 
 def panels_of(shape: PackedShape, cut: Tuning, slab: int, warp: int) -> range:
@@ -222,15 +299,17 @@ def panels_of(shape: PackedShape, cut: Tuning, slab: int, warp: int) -> range:
     return range(first + part * count // cut.warps_k, first + (part + 1) * count // cut.warps_k)
 
 
-def shared_bytes(shape: PackedShape, rows: int, cut: Tuning) -> int:
+def shared_bytes(shape: PackedShape, rows: int, cut: Tuning, *, normed: bool) -> int:
     """Dynamic shared memory of a block: `Layout` in linear.cu, and with a cluster the parts to be added."""
     slab = -(-shape.panels // cut.slabs) * shape.panel
-    size = cut.warps * cut.stages * cut.unit * shape.panel_bytes + _x_bytes(shape, rows, cut.slabs)
+    size = cut.warps * cut.stages * cut.abreast * shape.panel_bytes + _x_bytes(shape, rows, cut.slabs)
     if shape.bits < 16:
-        size += slab // shape.group * max(2, rows) * 4
-    size += 2 * cut.batch * cut.warps * rows * _LINE * 4
+        size += -(-(slab // shape.group * max(2, rows) * 4) // 16) * 16
+    if normed:
+        size += slab * 4
+    size += cut.sets * cut.batch * cut.warps * cut.abreast * rows * _LINE * 4
     if cut.join == "cluster":
-        side = cut.warps // cut.warps_k
+        side = cut.warps // cut.warps_k * cut.abreast
         size += -(-shape.row_blocks // (cut.blocks * side)) * side * rows * ROW_BLOCK * 4
     return size
 
@@ -242,7 +321,10 @@ def _x_bytes(shape: PackedShape, rows: int, slabs: int) -> int:
 def _expression(shape: PackedShape, rows: int, epilogue: Epilogue, cut: Tuning, *, normed: bool) -> str:
     weights = f"{shape.bits}, {shape.group}, {ZERO_NAMES[shape.zero]}, {shape.k}, {cut.slabs}"
     rest = f"{rows}, {epilogue.upper()}, {str(normed).lower()}, {cut.warps}, {cut.warps_k}"
-    rest += f", {cut.stages}, {cut.unit}, {cut.batch}, {cut.blocks_per_sm}"
+    rest += f", {cut.stages}, {cut.early}, {cut.abreast}, {cut.batch}, {cut.sets}, {cut.blocks_per_sm}"
     if cut.join == "cluster":
         return f"cluster_linear<{weights}, {rest}>"
+    if cut.join == "shared_x":
+        weights = f"{shape.bits}, {shape.group}, {ZERO_NAMES[shape.zero]}, {shape.k}, {cut.shared}"
+        return f"sharing_linear<{weights}, {rest}>"
     return f"linear<{weights}, {cut.join.upper()}, {rest}>"

@@ -136,76 +136,109 @@ template <int BITS, int ZERO> DEVICE void scale_operand(u32 (&a)[4], const u8* v
   }
 }
 
-// acc[16 × 8·TILES] += panel · x, where x is float16 in shared memory, ROWS rows of it: `x` points at the panel's
-// first column in the lane's row g of the first tile, `tile_stride` elements before that of the second. `sums` are
-// Σx over the panel's groups: of column 2t of the first tile, then 2t + 1; group by group SUMS_STRIDE apart, tiles 8
-// apart. Columns of the product beyond ROWS are anything.
-template <int BITS, int GROUP, int ZERO, int ROWS, int SUMS_STRIDE>
-DEVICE void multiply_panel(const u8* panel, int lane, const u16* x, int tile_stride, const float* sums,
-                           float (&acc)[(ROWS + 7) / 8][4]) {
+// acc[r][16 × 8·TILES] += panel r · x for ABREAST panels of the same columns, `stride` bytes apart, where x is float16
+// in shared memory, ROWS rows of it: `x` points at the panels' first column in the lane's row g of the first tile,
+// `tile_stride` elements before that of the second. `sums` are Σx over the panels' groups: of column 2t of the first
+// tile, then 2t + 1; group by group SUMS_STRIDE apart, tiles 8 apart. Columns of the product beyond ROWS are anything.
+template <int BITS, int GROUP, int ZERO, int ROWS, int SUMS_STRIDE, int ABREAST>
+DEVICE void multiply_panels(const u8* panels, int stride, int lane, const u16* x, int tile_stride, const float* sums,
+                            float (&acc)[ABREAST][(ROWS + 7) / 8][4]) {
   using P = Panel<BITS, GROUP, ZERO>;
   constexpr int TILES = (ROWS + 7) / 8;
   const int g = lane >> 2, t = lane & 3;
-  // Two chains hide the latency of dependent mma where there is one tile only.
-  constexpr int CHAINS = TILES == 1 && P::MMAS_PER_GROUP >= 4 ? 2 : 1;
+  // Two chains hide the latency of dependent mma where there would be one.
+  constexpr int CHAINS = TILES == 1 && ABREAST == 1 && P::MMAS_PER_GROUP >= 4 ? 2 : 1;
 #pragma unroll
   for (int group = 0; group < P::GROUPS; group++) {
-    float c[CHAINS][TILES][4];
+    float c[ABREAST][CHAINS][TILES][4];
+    float start[TILES][4];
     float2 sum[TILES];
-    GroupValues v;
-    if constexpr (BITS < 16) v = group_values<P, ZERO>(panel, g, group);
+    GroupValues v[ABREAST];
+    if constexpr (BITS < 16) {
+#pragma unroll
+      for (int r = 0; r < ABREAST; r++) v[r] = group_values<P, ZERO>(panels + r * stride, g, group);
+    }
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
       if constexpr (BITS < 16) {
         sum[tile] = *(const float2*)(sums + group * SUMS_STRIDE + tile * 8);
-        float low = -P::EXCESS_LOW, high = -P::EXCESS_HIGH;
-        if constexpr (ZERO == ZERO_POINT) low -= v.zero.x, high -= v.zero.y;
-        c[0][tile][0] = low * sum[tile].x, c[0][tile][1] = low * sum[tile].y;
-        c[0][tile][2] = high * sum[tile].x, c[0][tile][3] = high * sum[tile].y;
+        start[tile][0] = -P::EXCESS_LOW * sum[tile].x, start[tile][1] = -P::EXCESS_LOW * sum[tile].y;
+        start[tile][2] = -P::EXCESS_HIGH * sum[tile].x, start[tile][3] = -P::EXCESS_HIGH * sum[tile].y;
       } else {
 #pragma unroll
-        for (int i = 0; i < 4; i++) c[0][tile][i] = 0.f;
-      }
-      if constexpr (CHAINS == 2) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) c[1][tile][i] = 0.f;
+        for (int i = 0; i < 4; i++) start[tile][i] = 0.f;
       }
     }
+    const float none[4] = {0.f, 0.f, 0.f, 0.f};
     if constexpr (GROUP == 16 && BITS < 16) {
-      u32 a[2][4];
-      OperandPair<BITS>::load(panel, lane, group / 2, a);
 #pragma unroll
       for (int tile = 0; tile < TILES; tile++) {
         const uint2 b = *(const uint2*)(x + tile * tile_stride + group * 16 + t * 4);
-        mma(c[0][tile], a[group % 2][0], a[group % 2][1], a[group % 2][2], a[group % 2][3], b.x, b.y);
+#pragma unroll
+        for (int r = 0; r < ABREAST; r++) {
+          u32 a[2][4];
+          OperandPair<BITS>::load(panels + r * stride, lane, group / 2, a);
+          mma(c[r][0][tile], a[group % 2][0], a[group % 2][1], a[group % 2][2], a[group % 2][3], b.x, b.y, start[tile]);
+        }
       }
     } else {
 #pragma unroll
       for (int p = 0; p < P::MMAS_PER_GROUP / 2; p++) {
         const int pair = group * (P::MMAS_PER_GROUP / 2) + p;
-        u32 a[2][4];
-        OperandPair<BITS>::load(panel, lane, pair, a);
+        uint4 b[TILES];
 #pragma unroll
-        for (int tile = 0; tile < TILES; tile++) {
-          const uint4 b = *(const uint4*)(x + tile * tile_stride + pair * 32 + t * 8);
-          mma(c[0][tile], a[0][0], a[0][1], a[0][2], a[0][3], b.x, b.y);
-          mma(c[CHAINS - 1][tile], a[1][0], a[1][1], a[1][2], a[1][3], b.z, b.w);
+        for (int tile = 0; tile < TILES; tile++)
+          b[tile] = *(const uint4*)(x + tile * tile_stride + pair * 32 + t * 8);
+#pragma unroll
+        for (int r = 0; r < ABREAST; r++) {
+          u32 a[2][4];
+          OperandPair<BITS>::load(panels + r * stride, lane, pair, a);
+#pragma unroll
+          for (int tile = 0; tile < TILES; tile++) {
+            if (p == 0) {
+              mma(c[r][0][tile], a[0][0], a[0][1], a[0][2], a[0][3], b[tile].x, b[tile].y, start[tile]);
+            } else {
+              mma(c[r][0][tile], a[0][0], a[0][1], a[0][2], a[0][3], b[tile].x, b[tile].y);
+            }
+            if (p == 0 && CHAINS == 2) {
+              mma(c[r][CHAINS - 1][tile], a[1][0], a[1][1], a[1][2], a[1][3], b[tile].z, b[tile].w, none);
+            } else {
+              mma(c[r][CHAINS - 1][tile], a[1][0], a[1][1], a[1][2], a[1][3], b[tile].z, b[tile].w);
+            }
+          }
         }
       }
     }
 #pragma unroll
-    for (int tile = 0; tile < TILES; tile++)
+    for (int r = 0; r < ABREAST; r++)
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        float& y = acc[tile][i];
-        if constexpr (BITS < 16) {
-          const float scale = i < 2 ? v.scale.x : v.scale.y;
-          const float offset = i < 2 ? v.zero.x : v.zero.y;
-          y += scale * (CHAINS == 2 ? c[0][tile][i] + c[1][tile][i] : c[0][tile][i]);
-          if constexpr (ZERO == OFFSET) y += offset * (i % 2 ? sum[tile].y : sum[tile].x);
-        } else {
-          y += CHAINS == 2 ? c[0][tile][i] + c[1][tile][i] : c[0][tile][i];
+      for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          float& y = acc[r][tile][i];
+          const float product = CHAINS == 2 ? c[r][0][tile][i] + c[r][CHAINS - 1][tile][i] : c[r][0][tile][i];
+          if constexpr (BITS < 16) {
+            const float s = i % 2 ? sum[tile].y : sum[tile].x;
+            const float scale = i < 2 ? v[r].scale.x : v[r].scale.y, zero = i < 2 ? v[r].zero.x : v[r].zero.y;
+            if constexpr (ZERO == ZERO_POINT) {
+              y += scale * (product - zero * s);
+            } else if constexpr (ZERO == OFFSET) {
+              y += scale * product;
+              y += zero * s;
+            } else {
+              y += scale * product;
+            }
+          } else {
+            y += product;
+          }
         }
-      }
   }
+}
+
+// One panel alone.
+template <int BITS, int GROUP, int ZERO, int ROWS, int SUMS_STRIDE>
+DEVICE void multiply_panel(const u8* panel, int lane, const u16* x, int tile_stride, const float* sums,
+                           float (&acc)[(ROWS + 7) / 8][4]) {
+  multiply_panels<BITS, GROUP, ZERO, ROWS, SUMS_STRIDE, 1>(panel, 0, lane, x, tile_stride, sums,
+                                                           reinterpret_cast<float(&)[1][(ROWS + 7) / 8][4]>(acc));
 }

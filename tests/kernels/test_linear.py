@@ -16,6 +16,7 @@ from edgellm.kernels.linear import (
     COUNTERS_BYTES,
     Epilogue,
     Norm,
+    Tuning,
     decode_linear,
     decode_workspace,
     panels_of,
@@ -66,10 +67,14 @@ def linear(
 
 def assert_covered(shape: PackedShape, rows: int, device: Device) -> None:
     """Every panel of every row block is multiplied by one warp, within the device's shared memory."""
-    cut = tuned(shape, rows=rows, device=device)
+    for normed in (False, True):
+        cut = tuned(shape, rows=rows, device=device, normed=normed)
+        assert shared_bytes(shape, rows, cut, normed=normed) <= device.shared_per_block
+        assert_cut_covers(shape, cut)
+
+
+def assert_cut_covers(shape: PackedShape, cut: Tuning) -> None:
     assert cut.warps % cut.warps_k == 0 and cut.blocks >= 1
-    assert cut.blocks * cut.slabs <= max(device.multiprocessors, cut.slabs)
-    assert shared_bytes(shape, rows, cut) <= device.shared_per_block
     # Row blocks and panels are parted independently of each other: rows by block and side, panels by slab and
     # by the rest of the warp's number.
     rows_taken = Counter(
@@ -114,7 +119,7 @@ def test_any_shape_is_covered(n: int, chunks: int, kind: tuple[int, int], rows: 
 def test_a_workspace_has_room_for_every_slab() -> None:
     shape = SHAPES["Qwen2.5-7B down"]
     orin = DEVICES["agx orin"]
-    cut = tuned(shape, rows=16, device=orin)
+    cut = tuned(shape, rows=16, device=orin, normed=False)
     assert cut.join == "last_block" and cut.slabs > 1
     assert decode_workspace(shape, 16, orin) == COUNTERS_BYTES + cut.slabs * 3584 * 16 * 4
     assert cut.blocks <= COUNTERS_BYTES // 4
@@ -124,7 +129,7 @@ def test_a_workspace_has_room_for_every_slab() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     tiny = Device(87, 16, 16 << 10)
     with pytest.raises(BuildError, match="4096 columns needs more than the 16384 bytes"):
-        tuned(SHAPES["Qwen3-8B o"], rows=16, device=tiny)
+        tuned(SHAPES["Qwen3-8B o"], rows=16, device=tiny, normed=True)
     with pytest.raises(ValueError, match="not for 3"):
         linear(SHAPES["Qwen3-8B o"], 3, DEVICES["h100"])
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from runner import Runner, poisoned
 
-from edgellm.cuda.launch import At, Launch
+from edgellm.cuda.launch import At, Device, Launch
 from edgellm.kernels.gemm import TILES, Tile, prefill_linear, prefill_workspace
 from edgellm.kernels.gemm import shared_bytes as gemm_shared_bytes
 from edgellm.kernels.linear import (
@@ -287,18 +287,34 @@ CHUNKS: Final = ((16, 11), (32, 32), (64, 33), (256, 200))
 ERRORS: list[float] = []
 
 
-def cuts(shape: PackedShape, rows: int, runner: Runner) -> Iterator[Tuning]:
+def cuts(shape: PackedShape, rows: int, runner: Runner, *, normed: bool) -> Iterator[Tuning]:
     """What the device takes, and other ways that other devices would take."""
     device = runner.device
-    best = tuned(shape, rows=rows, device=device)
+    best = tuned(shape, rows=rows, device=device, normed=normed)
     yield best
     if shape.panels > 2:
         for join in ("last_block", *(("cluster",) if device.has_dependent_launch else ())):
             other = replace(
-                best, slabs=2, join=join, blocks=max(1, min(best.blocks, 7)), warps_k=4, stages=3, unit=1
+                best,
+                slabs=2,
+                join=join,
+                blocks=max(1, min(best.blocks, 7)),
+                warps=8,
+                warps_k=4,
+                stages=4,
+                early=2,
+                abreast=2,
+                batch=2,
+                sets=1,
+                blocks_per_sm=2,
             )
-            if shared_bytes(shape, rows, other) <= device.shared_per_block:
+            if shared_bytes(shape, rows, other, normed=normed) <= device.shared_per_block:
                 yield other
+    if device.has_dependent_launch and rows >= 2:
+        sharing = replace(best, slabs=1, join="shared_x", shared=min(4, rows), blocks=4, warps=8, warps_k=4)
+        sharing = replace(sharing, stages=2, early=1, abreast=1, batch=1, sets=1, blocks_per_sm=1)
+        if shared_bytes(shape, rows, sharing, normed=normed) <= device.shared_per_block:
+            yield sharing
 
 
 def checks(runner: Runner, seed: int, cases: Sequence[Case] = CASES) -> list[str]:
@@ -310,7 +326,7 @@ def checks(runner: Runner, seed: int, cases: Sequence[Case] = CASES) -> list[str
         (case, matrix, rows, cut)
         for case, matrix in made
         for rows in BUCKETS
-        for cut in cuts(matrix.shape, rows, runner)
+        for cut in cuts(matrix.shape, rows, runner, normed=case.normed)
     ]
     runner.prepare(launch for item in todo for launch in _launches(runner, *item))
     for case, matrix, rows, cut in todo:
@@ -430,14 +446,115 @@ class LinearBench:
         launches = [launch for i in range(count) for launch in self.launches(name, rows, i, cut)]
         return self.runner.time(launches, early=early) / count
 
+    def step(self, rows: int, *, early: bool = True) -> float:
+        """µs of all linears of a step, in their order, without what is between them."""
+        launches: list[Launch] = []
+        for layer in range(36):
+            for name in ("qkv", "o", "gate-up", "down"):
+                launches += self.launches(name, rows, layer % self.copies[name])
+        return self.runner.time(launches + self.launches("head", rows, 0), early=early)
+
+    def time_prompt(self, name: str, tokens: int) -> float:
+        """µs of one linear of a chunk that fills its bucket."""
+        shape, count = self.shapes[name], self.copies[name]
+        launches = [
+            launch
+            for copy in range(count)
+            for launch in prefill_linear(
+                shape,
+                tokens=tokens,
+                device=self.runner.device,
+                chunk=At("chunk"),
+                x=At("prompt"),
+                weights=At(name, copy * shape.nbytes),
+                bias=None,
+                epilogue=QWEN3_8B[name][1],  # type: ignore[arg-type]
+                out=At("result"),
+            )
+        ]
+        return self.runner.time(launches, repeats=5) / count
+
+
+ORINS: Final = {"AGX Orin": (16, 1.3, 204.8), "Orin NX": (8, 0.918, 102.4)}
+"""SMs, GHz, GB/s of its memory."""
+
+
+def bench(runner: Runner) -> Iterator[str]:
+    """Tables: µs and GB/s of Qwen3-8B's linears, a step's linears in a row, and linears on an Orin's SMs."""
+    memory = runner.memory_gb_per_s()
+    measured = LinearBench(runner)
+    for name in QWEN3_8B:
+        measured.fill(name)
+    yield f"4 bits in groups of 128 with offsets; memory {memory:.0f} GB/s"
+    yield "| linear | MB | " + " | ".join(f"{rows} rows µs | GB/s" for rows in (1, 8, 16)) + " |"
+    yield "|---|---|" + "---|---|" * 3
+    for name, shape in measured.shapes.items():
+        times = [measured.time(name, rows) for rows in (1, 8, 16)]
+        cells = " | ".join(f"{us:.1f} | {shape.nbytes / us / 1e3:.0f}" for us in times)
+        yield f"| {name} | {shape.nbytes / 1e6:.1f} | {cells} |"
+    step = 36 * sum(shape.nbytes for name, shape in measured.shapes.items() if name != "head")
+    step += measured.shapes["head"].nbytes
+    for rows in (1, 8, 16):
+        early, late = (measured.step(rows, early=early) for early in (True, False))
+        rate = step / early / 1e3
+        found = f"{early:.0f} µs, {rate:.0f} GB/s; without PDL {late:.0f} µs"
+        yield f"all linears of a step, {rows} rows: {found}"
+
+    clock = runner.driver.facts.clock_khz / 1e6
+    yield "| as | SMs | linear | rows | GB/s here | at its clock | × its memory |"
+    yield "|---|---|---|---|---|---|---|"
+    for orin, (blocks, orin_clock, bandwidth) in ORINS.items():
+        device = Device(87, blocks, 163 << 10)
+        for name in ("gate-up", "down"):
+            for rows in (1, 4, 8):
+                normed = QWEN3_8B[name][2]
+                cut = tuned(measured.shapes[name], rows=rows, device=device, normed=normed)
+                rate = measured.shapes[name].nbytes / measured.time(name, rows, cut, early=False) / 1e3
+                scaled = rate * orin_clock / clock
+                yield (
+                    f"| {orin} | {blocks} | {name} | {rows} | {rate:.0f} | {scaled:.0f} "
+                    f"| {scaled / bandwidth:.2f} |"
+                )
+    runner.release()
+    yield from _bench_prefill(runner)
+
+
+def _bench_prefill(runner: Runner) -> Iterator[str]:
+    measured = LinearBench(runner)
+    runner.allocate("prompt", 2048 * 12288 * 2)
+    runner.allocate("result", 2048 * 24576 * 4)
+    runner.allocate("chunk", 16)
+    rng = np.random.default_rng(2)
+    runner.upload("prompt", rng.standard_normal(2048 * 12288, np.float32).astype(np.float16))
+    for name in QWEN3_8B:
+        if name != "head":
+            measured.fill(name, 4)
+    yield "| tokens | " + " | ".join(f"{name} µs | TFLOP/s" for name in measured.copies) + " | tok/s |"
+    yield "|---|" + "---|---|" * len(measured.copies) + "---|"
+    for tokens in (64, 128, 512, 2048):
+        runner.upload("chunk", np.array([0, 0, tokens, 0], np.int32))
+        times = [measured.time_prompt(name, tokens) for name in measured.copies]
+        rates = [
+            2 * measured.shapes[name].n * measured.shapes[name].k * tokens / us / 1e6
+            for name, us in zip(measured.copies, times, strict=True)
+        ]
+        cells = " | ".join(f"{us:.1f} | {rate:.0f}" for us, rate in zip(times, rates, strict=True))
+        yield f"| {tokens} | {cells} | {tokens / sum(times) / 36 * 1e6:.0f} |"
+    runner.release()
+
 
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--bench", action="store_true")
     options = parser.parse_args()
-    seed = secrets.randbits(32) if options.seed is None else options.seed
     runner = Runner()
+    if options.bench:
+        for line in bench(runner):
+            print(line, flush=True)
+        return 0
+    seed = secrets.randbits(32) if options.seed is None else options.seed
     wrong = checks(runner, seed)
     for line in wrong:
         print(line)

@@ -104,6 +104,14 @@ class Runner:
         graph = self.driver.capture(self.stream, lambda: self.launch(launches, early=early))
         return self._median(lambda: self.driver.call("cuGraphLaunch", graph, self.stream), repeats)
 
+    def memory_gb_per_s(self) -> float:
+        """What the device's memory can give at most: its clock (twice a cycle) times its width."""
+        khz, bits = (
+            self.driver.call("cuDeviceGetAttribute", self.driver._api.CUdevice_attribute(number), 0)
+            for number in (36, 37)
+        )
+        return float(2 * khz * bits / 8 / 1e6)
+
     def _median(self, body: Callable[[], object], repeats: int) -> float:
         for _ in range(2):
             body()
