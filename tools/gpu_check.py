@@ -68,6 +68,7 @@ CHECKS: Final = (
     "gemm_checks.py",
     "attention_checks.py",
     "sample_checks.py",
+    "feed_checks.py",
     "moe_checks.py",
 )
 GREEDY: Final = SamplingParams(temperature=0.0)
