@@ -25,24 +25,26 @@ DEVICE int swizzled(int token, int piece) { return token * 8 + (piece ^ ((token 
 
 // x: float16 [tokens, K]; bias: float32 [16 · row_blocks] or null
 // out: STORE, SWIGLU float16 [tokens, outputs]; LOGITS float32 [tokens, outputs]; RESIDUAL adds to it
+// workspace: with SPLITS > 1, which part the columns: 1024 counters, which are 0 before and after, then their sums
 // Tokens past the chunk's count: tiles without others are left alone, in mixed ones they get what comes out.
 template <int BITS, int GROUP, int ZERO, int K, int ROW_BLOCKS, int TOKENS, int WARPS_R, int WARPS_T, int EPILOGUE,
-          int STAGES>
+          int STAGES, int SPLITS>
 __global__ void __launch_bounds__(WARPS_R * WARPS_T * 32, WARPS_R * WARPS_T > 4 ? 1 : 2)
     gemm(const Chunk* __restrict__ chunk, const u8* __restrict__ weights, const u16* x, const float* __restrict__ bias,
-         void* out, int tokens, int row_blocks, int outputs) {
+         void* out, u8* workspace, int tokens, int row_blocks, int outputs) {
   using P = Panel<BITS, GROUP, ZERO>;
   using S = Stage<BITS, GROUP, ZERO, ROW_BLOCKS, TOKENS>;
-  constexpr int THREADS = WARPS_R * WARPS_T * 32, PANELS = K / P::COLUMNS, STEPS = K / STEP;
+  constexpr int THREADS = WARPS_R * WARPS_T * 32, PANELS = K / P::COLUMNS, ALL_STEPS = K / STEP;
   constexpr int RB = ROW_BLOCKS / WARPS_R, TILES = TOKENS / WARPS_T / 8;
   extern __shared__ __align__(16) u8 shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
   const int warp_r = warp % WARPS_R, warp_t = warp / WARPS_R;
+  const int step0 = blockIdx.z * ALL_STEPS / SPLITS, steps = (blockIdx.z + 1) * ALL_STEPS / SPLITS - step0;
   const int token0 = blockIdx.x * TOKENS, row_block0 = blockIdx.y * ROW_BLOCKS;
 
-  auto load_weights = [&](int step) {
-    u8* const to = shared + step % STAGES * S::BYTES;
-    const int panel = step * STEP / P::COLUMNS, chunk_of = step % (P::COLUMNS / STEP);
+  auto load_weights = [&](int at) {
+    u8* const to = shared + at % STAGES * S::BYTES;
+    const int step = step0 + at, panel = step * STEP / P::COLUMNS, chunk_of = step % (P::COLUMNS / STEP);
 #pragma unroll
     for (int i = threadIdx.x; i < ROW_BLOCKS * S::NUMBERS / 16; i += THREADS) {
       const int r = i / (S::NUMBERS / 16), piece = i % (S::NUMBERS / 16);
@@ -60,8 +62,9 @@ __global__ void __launch_bounds__(WARPS_R * WARPS_T * 32, WARPS_R * WARPS_T > 4 
       }
     }
   };
-  auto load_x = [&](int step) {
-    u8* const to = shared + step % STAGES * S::BYTES + S::X;
+  auto load_x = [&](int at) {
+    u8* const to = shared + at % STAGES * S::BYTES + S::X;
+    const int step = step0 + at;
 #pragma unroll
     for (int i = threadIdx.x; i < TOKENS * 8; i += THREADS) {
       const int token = i / 8, piece = i % 8;
@@ -72,7 +75,7 @@ __global__ void __launch_bounds__(WARPS_R * WARPS_T * 32, WARPS_R * WARPS_T > 4 
 
 #pragma unroll
   for (int i = 0; i < STAGES - 1; i++)
-    if (i < STEPS) load_weights(i);
+    if (i < steps) load_weights(i);
   const int count = chunk->count;
   launch_dependents();
   wait_for_previous();
@@ -82,16 +85,16 @@ __global__ void __launch_bounds__(WARPS_R * WARPS_T * 32, WARPS_R * WARPS_T > 4 
   }
 #pragma unroll
   for (int i = 0; i < STAGES - 1; i++) {
-    if (i < STEPS) load_x(i);
+    if (i < steps) load_x(i);
     copy_async_commit();
   }
 
   float acc[RB][TILES][4] = {};
 #pragma unroll 1
-  for (int step = 0; step < STEPS; step++) {
+  for (int step = 0; step < steps; step++) {
     copy_async_wait<STAGES - 2>();
     __syncthreads();
-    if (step + STAGES - 1 < STEPS) load_weights(step + STAGES - 1), load_x(step + STAGES - 1);
+    if (step + STAGES - 1 < steps) load_weights(step + STAGES - 1), load_x(step + STAGES - 1);
     copy_async_commit();
     const u8* const stage = shared + step % STAGES * S::BYTES;
     const u8* const numbers = stage + warp_r * RB * S::NUMBERS;
@@ -133,6 +136,45 @@ __global__ void __launch_bounds__(WARPS_R * WARPS_T * 32, WARPS_R * WARPS_T > 4 
     }
   }
   copy_async_wait<0>();
+
+  if constexpr (SPLITS > 1) {
+    // Each split leaves its sums; the last one to come adds them all, in order, and goes on.
+    const int tile_of = blockIdx.y * gridDim.x + blockIdx.x;
+    float4* const sums = (float4*)(workspace + 4096) + (u64)tile_of * SPLITS * RB * TILES * THREADS + threadIdx.x;
+#pragma unroll
+    for (int r = 0; r < RB; r++)
+#pragma unroll
+      for (int tile = 0; tile < TILES; tile++) {
+        const float(&a)[4] = acc[r][tile];
+        sums[((blockIdx.z * RB + r) * TILES + tile) * THREADS] = make_float4(a[0], a[1], a[2], a[3]);
+      }
+    int* const last = (int*)shared;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      int* const counter = (int*)workspace + tile_of;
+      *last = atomicAdd(counter, 1) == SPLITS - 1;
+      if (*last) *counter = 0;
+      __threadfence();
+    }
+    __syncthreads();
+    if (!*last) return;
+#pragma unroll
+    for (int r = 0; r < RB; r++)
+#pragma unroll
+      for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) acc[r][tile][i] = 0.f;
+#pragma unroll 1
+    for (int split = 0; split < SPLITS; split++)
+#pragma unroll
+      for (int r = 0; r < RB; r++)
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+          const float4 a = load_l2(sums + ((split * RB + r) * TILES + tile) * THREADS);
+          acc[r][tile][0] += a.x, acc[r][tile][1] += a.y, acc[r][tile][2] += a.z, acc[r][tile][3] += a.w;
+        }
+  }
 
   if (bias) {
 #pragma unroll
