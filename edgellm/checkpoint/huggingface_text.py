@@ -21,6 +21,8 @@ SENTENCEPIECE: Final = "tokenizer.model"
 ADDED_TOKENS: Final = "added_tokens.json"
 TIKTOKEN: Final = "qwen.tiktoken"
 MAX_TOKENIZER_BYTES: Final = 1 << 28
+_USUAL: Final = {"bos": "<s>", "eos": "</s>"}
+"""LlamaTokenizer's defaults, which hold where no tokenizer_config.json says otherwise."""
 
 
 class TextFiles:
@@ -101,7 +103,11 @@ class TextFiles:
         return number
 
     def _special_token(self, special: ConfigFile, role: str) -> str:
-        match special.values.get(f"{role}_token"):
+        key = f"{role}_token"
+        usual = _USUAL[role]
+        if key not in special.values and self._source.name == SENTENCEPIECE and usual in self._added:
+            return usual
+        match special.values.get(key):
             case None:
                 return ""
             case str(text) | {"content": str(text)}:

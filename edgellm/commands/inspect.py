@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from edgellm.model.inventory import Matrices
     from edgellm.model.kv_cache import KvCache
     from edgellm.model.spec import ModelSpec
+    from edgellm.text.chat import ChatTemplate
 
 _Found = TypeVar("_Found")
 
@@ -92,6 +93,7 @@ class Report:
         context: tokens of the longest text that edgellm runs it with.
         tokens: of the tokenizer.
         chat_template: whether there is one.
+        chat_error: why it cannot write a user's single message, if so.
         eos_ids: the tokens that end an answer.
         built_for: an engine's sizes and executor.
         quantized: None: not by edgellm.
@@ -112,6 +114,7 @@ class Report:
     context: int | None = None
     tokens: int | None = None
     chat_template: bool | None = None
+    chat_error: str | None = None
     eos_ids: tuple[int, ...] = ()
     built_for: BuiltFor | None = None
     quantized: Quantized | None = None
@@ -167,7 +170,7 @@ def _checkpoint(path: Path) -> Report:
 
     weights = unless_refused(lambda: take_inventory(checkpoint)) or ()
     tokens = unless_refused(lambda: _tokens_of(checkpoint.tokenizer_json()))
-    unless_refused(lambda: _compile_template(checkpoint))
+    template = unless_refused(lambda: _template_of(checkpoint))
     unless_refused(lambda: _require_head_size(checkpoint.spec))
     parameters = _parameters(weights, checkpoint.spec) if weights else None
     return Report(
@@ -185,6 +188,7 @@ def _checkpoint(path: Path) -> Report:
         context=checkpoint.spec.max_context,
         tokens=tokens,
         chat_template=checkpoint.chat_template is not None,
+        chat_error=_chat_error(template),
         eos_ids=checkpoint.eos_ids,
         refused=(*refused, *_without_kernel(weights)),
     )
@@ -196,6 +200,7 @@ def _engine(path: Path) -> Report:
     engine = open_engine(path)
     config = engine.config
     weights, spec = config.edgellm.weights, engine.spec
+    template = engine.chat_template()
     parameters = _parameters(weights, spec) if weights else None
     stored = sum(record.bytes for name, record in config.edgellm.files.items() if name.startswith(NETWORKS))
     return Report(
@@ -212,7 +217,8 @@ def _engine(path: Path) -> Report:
         kv_bytes_per_token={engine.kv_cache: _kv_bytes(spec)[engine.kv_cache]},
         context=spec.max_context,
         tokens=engine.tokenizer().vocab_size,
-        chat_template=engine.chat_template() is not None,
+        chat_template=template is not None,
+        chat_error=_chat_error(template),
         eos_ids=engine.eos_ids,
         built_for=BuiltFor(
             max_batch_size=engine.build.max_batch_size,
@@ -263,11 +269,23 @@ def _tokens_of(tokenizer_json: bytes) -> int:
         raise CheckpointError(f"the tokenizer cannot be loaded: {error}") from error
 
 
-def _compile_template(checkpoint: Checkpoint) -> None:
+def _template_of(checkpoint: Checkpoint) -> ChatTemplate | None:
     from edgellm.text.chat import ChatTemplate
 
-    if checkpoint.chat_template is not None:
-        ChatTemplate(checkpoint.chat_template, bos=checkpoint.bos_token, eos=checkpoint.eos_token)
+    if checkpoint.chat_template is None:
+        return None
+    return ChatTemplate(checkpoint.chat_template, bos=checkpoint.bos_token, eos=checkpoint.eos_token)
+
+
+def _chat_error(template: ChatTemplate | None) -> str | None:
+    from edgellm.errors import BadRequest
+
+    try:
+        if template is not None:
+            template.render([{"role": "user", "content": "Hello."}])
+    except BadRequest as error:
+        return str(error)
+    return None
 
 
 def _parameters(weights: Sequence[Matrices], spec: ModelSpec) -> int:
@@ -350,7 +368,8 @@ def _as_text(report: Report) -> str:
     if report.tokens is not None:
         rows.append(("tokenizer", f"{report.tokens:,} tokens; {_ends(report.eos_ids)}"))
     if report.chat_template is not None:
-        rows.append(("chat template", "yes" if report.chat_template else "no"))
+        works = "yes" if report.chat_error is None else f"yes, but of no use: {report.chat_error}"
+        rows.append(("chat template", works if report.chat_template else "no"))
     if report.built_for is not None:
         rows.append(("built for", _of_build(report.built_for)))
     rows += [("refused", reason) for reason in report.refused]

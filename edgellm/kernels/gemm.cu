@@ -4,6 +4,7 @@
 // and x come 64 columns at a time through a ring in shared memory (cp.async) and weights become float16 in registers,
 // scale · (q − zero) or scale · q + offset, rounded once; sums are float32.
 
+#include "groups.cuh"
 #include "packed.cuh"
 #include "rows.cuh"
 
@@ -23,15 +24,35 @@ template <int BITS, int GROUP, int ZERO, int ROW_BLOCKS, int TOKENS> struct Stag
 // no bank twice.
 DEVICE int swizzled(int token, int piece) { return token * 8 + (piece ^ ((token & 1) << 2 | (token >> 1 & 3))); }
 
-// x: float16 [tokens, K]; bias: float32 [16 · row_blocks] or null
-// out: STORE, SWIGLU float16 [tokens, outputs]; LOGITS float32 [tokens, outputs]; RESIDUAL adds to it
-// workspace: with SPLITS > 1, which part the columns: 1024 counters, which are 0 before and after, then their sums
-// Tokens past the chunk's count: tiles without others are left alone, in mixed ones they get what comes out.
+// Which rows a block has: those of a chunk, from `first` on.
+struct ChunkRows {
+  const Chunk* chunk;
+  int first, tokens;
+  // Waits for the kernel before; whether there is a row at all.
+  DEVICE bool start() const {
+    const int count = chunk->count;
+    launch_dependents();
+    wait_for_previous();
+    return first < count;
+  }
+  DEVICE int of(int token) const { return min(first + token, tokens - 1); }  // the row of x
+};
+
+// Those of a group of pairs, whose rows of x lie anywhere.
+struct GroupRows {
+  const int* rows;  // in shared memory
+  DEVICE bool start() const { return true; }
+  DEVICE int of(int token) const { return rows[token]; }
+};
+
+// A tile, or with SPLITS > 1 a part of its columns. x: float16 [any, K]; bias: float32 [16 · row_blocks] or null
+// out, from its row token0 on, and at most to row `tokens`: STORE, SWIGLU float16 [tokens, outputs];
+// LOGITS float32 [tokens, outputs]; RESIDUAL adds to it
+// workspace: with SPLITS > 1, 1024 counters, which are 0 before and after, then the splits' sums
 template <int BITS, int GROUP, int ZERO, int K, int ROW_BLOCKS, int TOKENS, int WARPS_R, int WARPS_T, int EPILOGUE,
-          int STAGES, int SPLITS>
-__global__ void __launch_bounds__(WARPS_R * WARPS_T * 32, WARPS_R * WARPS_T > 4 ? 1 : 2)
-    gemm(const Chunk* __restrict__ chunk, const u8* __restrict__ weights, const u16* x, const float* __restrict__ bias,
-         void* out, u8* workspace, int tokens, int row_blocks, int outputs) {
+          int STAGES, int SPLITS, class Rows>
+DEVICE void gemm_tile(const Rows& rows, const u8* __restrict__ weights, const u16* x, const float* __restrict__ bias,
+                      void* out, u8* workspace, int token0, int tokens, int row_blocks, int outputs) {
   using P = Panel<BITS, GROUP, ZERO>;
   using S = Stage<BITS, GROUP, ZERO, ROW_BLOCKS, TOKENS>;
   constexpr int THREADS = WARPS_R * WARPS_T * 32, PANELS = K / P::COLUMNS, ALL_STEPS = K / STEP;
@@ -39,8 +60,8 @@ __global__ void __launch_bounds__(WARPS_R * WARPS_T * 32, WARPS_R * WARPS_T > 4 
   extern __shared__ __align__(16) u8 shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
   const int warp_r = warp % WARPS_R, warp_t = warp / WARPS_R;
+  const int row_block0 = blockIdx.y * ROW_BLOCKS;
   const int step0 = blockIdx.z * ALL_STEPS / SPLITS, steps = (blockIdx.z + 1) * ALL_STEPS / SPLITS - step0;
-  const int token0 = blockIdx.x * TOKENS, row_block0 = blockIdx.y * ROW_BLOCKS;
 
   auto load_weights = [&](int at) {
     u8* const to = shared + at % STAGES * S::BYTES;
@@ -68,18 +89,14 @@ __global__ void __launch_bounds__(WARPS_R * WARPS_T * 32, WARPS_R * WARPS_T > 4 
 #pragma unroll
     for (int i = threadIdx.x; i < TOKENS * 8; i += THREADS) {
       const int token = i / 8, piece = i % 8;
-      const int row = min(token0 + token, tokens - 1);
-      copy_async(to + swizzled(token, piece) * 16, x + (u64)row * K + step * STEP + piece * 8);
+      copy_async(to + swizzled(token, piece) * 16, x + (u64)rows.of(token) * K + step * STEP + piece * 8);
     }
   };
 
 #pragma unroll
   for (int i = 0; i < STAGES - 1; i++)
     if (i < steps) load_weights(i);
-  const int count = chunk->count;
-  launch_dependents();
-  wait_for_previous();
-  if (token0 >= count) {
+  if (!rows.start()) {
     copy_async_wait<0>();
     return;
   }
@@ -251,4 +268,39 @@ __global__ void __launch_bounds__(WARPS_R * WARPS_T * 32, WARPS_R * WARPS_T > 4 
       }
     }
   }
+}
+
+// Tokens past the chunk's count: tiles without others are left alone, in mixed ones they get what comes out.
+template <int BITS, int GROUP, int ZERO, int K, int ROW_BLOCKS, int TOKENS, int WARPS_R, int WARPS_T, int EPILOGUE,
+          int STAGES, int SPLITS>
+__global__ void __launch_bounds__(WARPS_R * WARPS_T * 32, WARPS_R * WARPS_T > 4 ? 1 : 2)
+    gemm(const Chunk* __restrict__ chunk, const u8* weights, const u16* x, const float* bias, void* out, u8* workspace,
+         int tokens, int row_blocks, int outputs) {
+  const int first = blockIdx.x * TOKENS;
+  gemm_tile<BITS, GROUP, ZERO, K, ROW_BLOCKS, TOKENS, WARPS_R, WARPS_T, EPILOGUE, STAGES, SPLITS>(
+      ChunkRows{chunk, first, tokens}, weights, x, bias, out, workspace, first, tokens, row_blocks, outputs);
+}
+
+// Of a mixture of experts, see moe.cu: a tile of tokens is a group, whose expert's weights it multiplies. GATHERED: x
+// has a row for each token, otherwise, as `out`, for each pair.
+template <int BITS, int GROUP, int ZERO, int K, int ROW_BLOCKS, int TOKENS, int WARPS_R, int WARPS_T, int EPILOGUE,
+          bool GATHERED, int STAGES>
+__global__ void __launch_bounds__(WARPS_R * WARPS_T * 32, WARPS_R * WARPS_T > 4 ? 1 : 2)
+    expert_gemm(const Group* groups, const int* pair_rows, const u8* weights, const u16* x, void* out, int row_blocks,
+                int outputs) {
+  using P = Panel<BITS, GROUP, ZERO>;
+  __shared__ int rows[TOKENS];
+  launch_dependents();
+  wait_for_previous();
+  if (int(blockIdx.x) >= load_group(groups).expert) return;
+  const Group group = load_group(groups + 1 + blockIdx.x);
+  for (int i = threadIdx.x; i < TOKENS; i += WARPS_R * WARPS_T * 32) {
+    const int pair = group.begin + min(i, group.count - 1);
+    rows[i] = GATHERED ? load_l2(pair_rows + pair) : pair;
+  }
+  __syncthreads();
+  const u64 expert_bytes = (u64)row_blocks * (K / P::COLUMNS) * P::BYTES;
+  gemm_tile<BITS, GROUP, ZERO, K, ROW_BLOCKS, TOKENS, WARPS_R, WARPS_T, EPILOGUE, STAGES, 1>(
+      GroupRows{rows}, weights + group.expert * expert_bytes, x, nullptr, out, nullptr, group.begin, group.begin + group.count,
+      row_blocks, outputs);
 }

@@ -4,17 +4,21 @@ Weights of active experts alone are read, each once for all rows that chose the 
 them. Who is active shows on the device only, so a fixed grid parts whatever work there is:
 
     router (linear.cu or gemm.cu) → route → experts: gate and up → experts: down → combine
+
+Where experts have many rows each, as in a long chunk, their linears are tiles of `gemm.cu`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
 from edgellm.cuda.launch import At, Device, Kernel, Launch
 from edgellm.errors import BuildError
-from edgellm.kernels.gemm import prefill_linear, prefill_workspace
+from edgellm.kernels.gemm import TILES, Tile, prefill_linear, prefill_workspace
+from edgellm.kernels.gemm import shared_bytes as tile_bytes
 from edgellm.kernels.linear import BUCKETS, ZERO_NAMES, decode_linear, decode_workspace
 from edgellm.kernels.packing import PackedShape
 
@@ -24,10 +28,18 @@ PIECE: Final = 512
 """Tokens of a chunk that go through the experts together: what is found for each of their pairs is kept."""
 
 _SOURCE: Final = "moe.cu"
+_TILED_ROWS: Final = math.inf
+"""Of an expert on average, from which on tiles are taken; 24 once a device has measured them."""
+_WIDE_ROWS: Final = 40
+"""From which on tiles have 64 rows, not 32."""
+_TEAMS: Final = (1,)
+"""Warps that may share a row block; (1, 2, 4) once a device has measured them."""
 _STAGES_LEAST: Final = 4
 _STAGES_MOST: Final = 16
-_SHARED_GOAL: Final = 128 << 10
+_RESERVED: Final = 1 << 10
+"""Bytes of shared memory that the system has of every block."""
 _ROUTE_WARPS: Final = 32
+_CHOOSE_WARPS: Final = 4
 _GROUP_BYTES: Final = 16
 _COMBINE_THREADS: Final = 128
 _ALIGNMENT: Final = 256
@@ -107,12 +119,14 @@ class Tuning:
     Attributes:
         blocks: that part all row blocks of all groups evenly.
         warps: of a block.
+        warps_k: of them, that part the columns of a row block among them; divides `warps`.
         stages: panels under way for each warp.
         most: rows of a group.
     """
 
     blocks: int
     warps: int
+    warps_k: int
     stages: int
     most: int
 
@@ -121,6 +135,7 @@ class Places(NamedTuple):
     """Offsets in the workspace, and its size."""
 
     scores: int
+    ids: int
     groups: int
     pair_rows: int
     positions: int
@@ -132,19 +147,29 @@ class Places(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Cuts:
-    """Of both linears, which share their groups."""
+    """Of both linears, which share their groups: a tile's tokens are a group."""
 
-    gate_up: Tuning
-    down: Tuning
+    gate_up: Tuning | Tile
+    down: Tuning | Tile
 
     def __post_init__(self) -> None:
-        if self.gate_up.most != self.down.most:
-            raise ValueError(f"groups of {self.gate_up.most} and of {self.down.most} rows in one mixture")
+        most, other = (_most(cut) for cut in (self.gate_up, self.down))
+        if most != other:
+            raise ValueError(f"groups of {most} and of {other} rows in one mixture")
 
     @property
     def most(self) -> int:
         """Rows of a group."""
-        return self.gate_up.most
+        return _most(self.gate_up)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether what experts find is float16, as tiles store it; float32 otherwise."""
+        return isinstance(self.down, Tile)
+
+
+def _most(cut: Tuning | Tile) -> int:
+    return cut.tokens if isinstance(cut, Tile) else cut.most
 
 
 def row_mixture(
@@ -257,16 +282,17 @@ def router_workspace(mixture: MixtureShape, tokens: int, device: Device, *, chun
 
 def places_of(mixture: MixtureShape, rows: int, device: Device, cuts: Cuts | None = None) -> Places:
     """What lies where in the workspace."""
-    most = (cuts or tuned(mixture, rows=rows, device=device)).most
+    cuts = cuts or tuned(mixture, rows=rows, device=device)
     pairs = rows * mixture.top_k
     sizes = (
         rows * mixture.experts * 4,
-        (1 + groups_most(mixture, rows, most)) * _GROUP_BYTES,
+        pairs * 2,
+        (1 + groups_most(mixture, rows, cuts.most)) * _GROUP_BYTES,
         pairs * 4,
         pairs * 4,
         pairs * 4,
         pairs * mixture.gate_up.outputs * 2,
-        pairs * mixture.hidden * 4,
+        pairs * mixture.hidden * (2 if cuts.narrow else 4),
     )
     offsets = [0]
     for size in sizes:
@@ -286,11 +312,15 @@ def tuned(mixture: MixtureShape, *, rows: int, device: Device) -> Cuts:
     Raises:
         BuildError: not even one row fits into the device's shared memory.
     """
+    average = rows * mixture.top_k / mixture.experts
+    if average >= _TILED_ROWS and (tiles := tiled(mixture, rows=rows, device=device)):
+        return tiles
     most = min(BUCKETS[-1], rows)
+    groups = min(mixture.experts, rows * mixture.top_k)
     while most:
-        cuts = [_cut(shape, most, device) for shape in (mixture.gate_up, mixture.down)]
-        if cuts[0] and cuts[1]:
-            return Cuts(cuts[0], cuts[1])
+        gate_up, down = (_cut(shape, groups, most, device) for shape in (mixture.gate_up, mixture.down))
+        if gate_up and down:
+            return Cuts(gate_up, down)
         most //= 2
     widest = max(mixture.gate_up.k, mixture.down.k)
     raise BuildError(
@@ -299,15 +329,45 @@ def tuned(mixture: MixtureShape, *, rows: int, device: Device) -> Cuts:
     )
 
 
-def _cut(shape: PackedShape, most: int, device: Device) -> Tuning | None:
-    for warps in (8, 4):
-        fixed = shared_bytes(shape, Tuning(0, warps, 0, most))
-        least = fixed + warps * _STAGES_LEAST * shape.panel_bytes
-        if least <= device.shared_per_block:
-            room = max(min(_SHARED_GOAL, device.shared_per_block), least) - fixed
-            stages = min(room // (warps * shape.panel_bytes), _STAGES_MOST)
-            return Tuning(device.multiprocessors, warps, stages, most)
+def tiled(mixture: MixtureShape, *, rows: int, device: Device) -> Cuts | None:
+    """Tiles for both linears of a chunk; None, if they do not fit the device."""
+    tokens = 64 if rows * mixture.top_k / mixture.experts >= _WIDE_ROWS else 32
+    found = [
+        next(
+            (
+                tile
+                for tile in TILES
+                if tile.tokens == tokens and 2 * tile_bytes(shape, tile) <= device.shared_per_block
+            ),
+            None,
+        )
+        for shape in (mixture.gate_up, mixture.down)
+    ]
+    return Cuts(found[0], found[1]) if found[0] and found[1] else None
+
+
+def _cut(shape: PackedShape, groups: int, most: int, device: Device) -> Tuning | None:
+    # Two blocks on an SM, where they fit: one waits for its rows while the other multiplies.
+    for warps, per_sm in ((8, 2), (8, 1), (4, 1)):
+        blocks = per_sm * device.multiprocessors
+        cut = Tuning(blocks, warps, _warps_k(shape, groups / blocks, warps), 0, most)
+        fixed = shared_bytes(shape, cut)
+        available = (device.shared_per_block + _RESERVED) // per_sm - _RESERVED
+        stages = min((available - fixed) // (warps * shape.panel_bytes), _STAGES_MOST)
+        if stages >= _STAGES_LEAST:
+            return replace(cut, stages=stages)
     return None
+
+
+def _warps_k(shape: PackedShape, groups: float, warps: int) -> int:
+    """Warps to a row block, if each block has row blocks of so many groups."""
+
+    def cost(warps_k: int) -> float:
+        rounds = math.ceil(groups * shape.row_blocks / (warps // warps_k))
+        # A round costs its panels and about as much as one and a half for what is around them.
+        return rounds * (math.ceil(shape.panels / warps_k) + 1.5)
+
+    return min(_TEAMS, key=cost)
 
 
 def shared_bytes(shape: PackedShape, cut: Tuning) -> int:
@@ -315,6 +375,8 @@ def shared_bytes(shape: PackedShape, cut: Tuning) -> int:
     size = cut.warps * cut.stages * shape.panel_bytes + cut.most * (shape.k + 32) * 2
     if shape.bits < 16:
         size += shape.k // shape.group * max(2, cut.most) * 4
+    if cut.warps_k > 1:
+        size = -(-size // 16) * 16 + 2 * cut.warps * (2 if cut.most > 8 else 1) * 512
     return size
 
 
@@ -324,8 +386,15 @@ def items_of(row_blocks: int, groups: int, cut: Tuning, block: int, warp: int) -
     begin, end = items * block // cut.blocks, items * (block + 1) // cut.blocks
     for group in range(begin // row_blocks, groups):
         first = max(begin, group * row_blocks)
-        for item in range(first + warp, min(end, (group + 1) * row_blocks), cut.warps):
+        teams = cut.warps // cut.warps_k
+        for item in range(first + warp // cut.warps_k, min(end, (group + 1) * row_blocks), teams):
             yield group, item - group * row_blocks
+
+
+def panels_of(shape: PackedShape, cut: Tuning, warp: int) -> range:
+    """The panels of each of its items that a warp multiplies."""
+    part = warp % cut.warps_k
+    return range(part * shape.panels // cut.warps_k, (part + 1) * shape.panels // cut.warps_k)
 
 
 def _after_scores(
@@ -344,17 +413,19 @@ def _after_scores(
     places = places_of(mixture, tokens.rows, device, cuts)
     groups, pair_rows = workspace + places.groups, workspace + places.pair_rows
     inner, found = workspace + places.inner, workspace + places.found
-    yield _route(mixture, tokens, cuts.most, workspace, places)
+    yield from _route(mixture, tokens, cuts.most, workspace, places)
     for shape, cut, part, taken, given in (
         (mixture.gate_up, cuts.gate_up, weights.gate_up, x, inner),
         (mixture.down, cuts.down, weights.down, inner, found),
     ):
-        yield Launch(
-            _experts(shape, cut),
-            (cut.blocks, 1, 1),
-            (groups, pair_rows, part, taken, given, shape.row_blocks, shape.outputs),
-        )
-    kernel = Kernel(_SOURCE, f"combine<{mixture.hidden}, {mixture.top_k}>", _COMBINE_THREADS)
+        if isinstance(cut, Tile):
+            kernel = _expert_gemm(shape, cut)
+            grid = (groups_most(mixture, tokens.rows, cut.tokens), -(-shape.row_blocks // cut.row_blocks), 1)
+        else:
+            kernel, grid = _experts(shape, cut), (cut.blocks, 1, 1)
+        yield Launch(kernel, grid, (groups, pair_rows, part, taken, given, shape.row_blocks, shape.outputs))
+    narrow = str(cuts.narrow).lower()
+    kernel = Kernel(_SOURCE, f"combine<{mixture.hidden}, {mixture.top_k}, {narrow}>", _COMBINE_THREADS)
     yield Launch(
         kernel,
         (-(-mixture.hidden // (4 * _COMBINE_THREADS)), tokens.rows, 1),
@@ -371,29 +442,35 @@ def _after_scores(
     )
 
 
-def _route(mixture: MixtureShape, tokens: Tokens, most: int, workspace: At, places: Places) -> Launch:
-    warps = max(-(-mixture.experts // 32), min(_ROUTE_WARPS, tokens.rows))
+def _route(
+    mixture: MixtureShape, tokens: Tokens, most: int, workspace: At, places: Places
+) -> Iterator[Launch]:
     normalize = str(mixture.normalize).lower()
+    scores, ids, shares = (workspace + at for at in (places.scores, places.ids, places.shares))
+    if tokens.chunk is not None:
+        kernel = Kernel(
+            _SOURCE, f"choose<{mixture.experts}, {mixture.top_k}, {normalize}>", _CHOOSE_WARPS * 32
+        )
+        yield Launch(
+            kernel,
+            (-(-tokens.rows // _CHOOSE_WARPS), 1, 1),
+            (tokens.chunk, tokens.first, tokens.rows, scores, ids, shares),
+        )
+    chosen = str(tokens.chunk is not None).lower()
+    warps = max(-(-mixture.experts // 32), min(_ROUTE_WARPS, tokens.rows))
     kernel = Kernel(
         _SOURCE,
-        f"route<{mixture.experts}, {mixture.top_k}, {most}, {normalize}, {warps}>",
+        f"route<{mixture.experts}, {mixture.top_k}, {most}, {normalize}, {chosen}, {warps}>",
         warps * 32,
         (warps * mixture.experts + tokens.rows * mixture.top_k) * 2,
     )
-    return Launch(
+    groups, pair_rows, positions = (
+        workspace + at for at in (places.groups, places.pair_rows, places.positions)
+    )
+    yield Launch(
         kernel,
         (1, 1, 1),
-        (
-            tokens.rows_at,
-            tokens.chunk,
-            tokens.first,
-            tokens.rows,
-            workspace + places.scores,
-            workspace + places.groups,
-            workspace + places.pair_rows,
-            workspace + places.positions,
-            workspace + places.shares,
-        ),
+        (tokens.rows_at, tokens.rows, scores, ids, groups, pair_rows, positions, shares),
     )
 
 
@@ -403,7 +480,19 @@ def _experts(shape: PackedShape, cut: Tuning) -> Kernel:
     weights = f"{shape.bits}, {shape.group}, {ZERO_NAMES[shape.zero]}, {shape.k}"
     return Kernel(
         _SOURCE,
-        f"experts<{weights}, {cut.most}, {epilogue}, {gathered}, {cut.warps}, {cut.stages}>",
+        f"experts<{weights}, {cut.most}, {epilogue}, {gathered}, {cut.warps}, {cut.warps_k}, {cut.stages}>",
         cut.warps * 32,
         shared_bytes(shape, cut),
+    )
+
+
+def _expert_gemm(shape: PackedShape, tile: Tile) -> Kernel:
+    epilogue, gathered = ("SWIGLU", "true") if shape.swiglu else ("STORE", "false")
+    weights = f"{shape.bits}, {shape.group}, {ZERO_NAMES[shape.zero]}, {shape.k}"
+    parts = f"{tile.row_blocks}, {tile.tokens}, {tile.warps_r}, {tile.warps_t}"
+    return Kernel(
+        "gemm.cu",
+        f"expert_gemm<{weights}, {parts}, {epilogue}, {gathered}, {tile.stages}>",
+        tile.threads,
+        tile_bytes(shape, tile),
     )

@@ -41,6 +41,13 @@ def test_sentencepiece(tmp_path: Path, legacy: bool | None, reference: str) -> N
         assert tokenizer.encode(text).tolist() == ids, text
 
 
+def test_pieces_alone_have_the_usual_ends(tmp_path: Path) -> None:
+    files = read(tmp_path, MODEL, eos=None)
+    assert (files.bos_id, files.bos_token, files.add_bos, files.eos_ids) == (1, "<s>", True, (2,))
+    files = read(tmp_path, MODEL, tokenizer_config={"bos_token": None, "eos_token": "</s>"})
+    assert (files.bos_id, files.bos_token, files.add_bos, files.eos_token) == (None, "", False, "</s>")
+
+
 def test_tokens_beside_the_pieces(tmp_path: Path) -> None:
     next_id = len(LEGACY.tokens)
     config = {

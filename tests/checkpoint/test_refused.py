@@ -117,6 +117,8 @@ def test_a_first_qwen_beyond_its_context(tmp_path: Path, capsys: pytest.CaptureF
         ("llama", {"llama.expert_weights_scale": 2.5}, "expert_weights_scale = 2.5"),
         ("llama", {"llama.attention.clamp_kqv": 8.0}, "clamp_kqv = 8.0"),
         ("llama", {"llama.logit_scale": 0.5}, "logit_scale = 0.5"),
+        ("llama", {"llama.final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
+        ("qwen2", {"qwen2.attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
         ("llama", {"llama.rope.scaling.type": "longrope"}, "rope.scaling.type longrope"),
     ],
 )

@@ -67,6 +67,7 @@ def test_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         "context": 4096,
         "tokens": len(tokens()),
         "chat_template": True,
+        "chat_error": None,
         "eos_ids": [0, 2],
         "built_for": None,
         "quantized": None,
@@ -119,6 +120,20 @@ def test_a_quantized_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     (engine / "quantization.json").write_bytes(b" " * (engine / "quantization.json").stat().st_size)
     assert main(["inspect", str(engine)]) == EngineError.exit_code
     assert "quantization.json is damaged" in capsys.readouterr().err
+
+
+def test_a_template_that_is_of_no_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}"
+    path, engine = (
+        write_directory(tmp_path / "tiny", WIDE, files={"chat_template.jinja": loop}),
+        tmp_path / "engine",
+    )
+    assert main(["build", str(path), "-o", str(engine)]) == 0
+    for one in (path, engine):
+        capsys.readouterr()
+        assert "it makes too much text" in inspect(one, capsys)["chat_error"]
+        assert main(["inspect", str(one)]) == 0
+        assert "yes, but of no use: the model's chat template fails" in capsys.readouterr().out
 
 
 def test_a_cache_of_int8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,14 +20,18 @@ from edgellm.cuda.launch import At, Device, Launch
 from edgellm.kernels.gemm import prefill_workspace
 from edgellm.kernels.linear import BUCKETS, COUNTERS_BYTES
 from edgellm.kernels.moe import (
+    PIECE,
     Cuts,
     MixtureShape,
     MixtureWeights,
     Tokens,
+    Tuning,
     chunk_mixture,
     mixture_workspace,
     places_of,
     row_mixture,
+    shared_bytes,
+    tiled,
     tuned,
 )
 from edgellm.kernels.packing import PackedShape, Zero, pack, packed_shape
@@ -95,7 +99,7 @@ class Experts:
             packed_up += list(pack([gate, up], shapes[0]))
             packed_down += list(pack([down], shapes[1]))
             for values, part in ((self.gate, gate), (self.up, up), (self.down, down)):
-                values.append(part.dequantize())
+                values.append(part.dequantize().astype(np.float64))
         router_shape = packed_shape([router])
         self.mixture = MixtureShape(layer.top_k, layer.normalize, router_shape, *shapes)
         self.arrays = {
@@ -145,7 +149,14 @@ def chosen_by(
 
 
 def check(
-    runner: Runner, rng: np.random.Generator, layer: Layer, weights: Experts, tokens: int, *, chunk: bool
+    runner: Runner,
+    rng: np.random.Generator,
+    layer: Layer,
+    weights: Experts,
+    tokens: int,
+    *,
+    chunk: bool,
+    cuts: Cuts | None,
 ) -> list[str]:
     """What is wrong with one step of a layer; nothing, if all is well."""
     mixture, device = weights.mixture, runner.device
@@ -169,13 +180,13 @@ def check(
         "workspace": poisoned((mixture_workspace(mixture, tokens, device),), np.uint8),
         "linear_workspace": np.zeros(COUNTERS_BYTES + (1 << 20), np.uint8),
     }
-    got = runner.run(_launches(mixture, device, tokens, chunk=chunk), arrays)
-    want, out = weights.expected(x[there], _best(weights, x[there])), got["residual"]
+    got = runner.run(_launches(mixture, device, tokens, chunk=chunk, cuts=cuts), arrays)
+    out = got["residual"]
     wrong = []
     if not np.array_equal(out[~there], old[~there]):
         wrong.append(f"{what}: rows that do not exist were written")
-    if tokens <= 512:
-        chosen = chosen_by(got, mixture, tokens, device, None)
+    if tokens <= PIECE:
+        chosen = chosen_by(got, mixture, tokens, device, cuts)
         if (chosen[~there] >= 0).any():
             wrong.append(f"{what}: rows that do not exist have experts")
         chosen = chosen[there]
@@ -186,7 +197,9 @@ def check(
         best = np.sort(scores)[:, -mixture.top_k :]
         if not np.allclose(mine, best, atol=NEAR, rtol=0):
             wrong.append(f"{what}: other experts are better")
-        want = weights.expected(x[there], chosen)
+    else:  # In pieces: groups of the last one only are left.
+        chosen = _best(weights, x[there])
+    want = weights.expected(x[there], chosen)
     added = out[there].astype(np.float64) - old[there]
     error = float(np.linalg.norm(added - want) / np.linalg.norm(want))
     ERRORS.append(error)
@@ -196,7 +209,7 @@ def check(
         squares = (out[there].astype(np.float64) ** 2).reshape(there.sum(), -1, 16).sum(-1)
         if not np.allclose(got["squares"][there], squares, rtol=1e-5):
             wrong.append(f"{what}: sums of squares differ")
-    again = runner.run(_launches(mixture, device, tokens, chunk=chunk), arrays)
+    again = runner.run(_launches(mixture, device, tokens, chunk=chunk, cuts=cuts), arrays)
     if not np.array_equal(again["residual"], out):
         wrong.append(f"{what}: not the same a second time")
     return wrong
@@ -255,20 +268,43 @@ def checks(runner: Runner, seed: int) -> list[str]:
     rng = np.random.default_rng(seed)
     made = [(layer, Experts(rng, layer)) for layer in LAYERS]
     todo = [
-        (layer, weights, tokens, chunk)
+        (layer, weights, tokens, chunk, cuts)
         for layer, weights in made
-        for chunk, buckets in ((False, BUCKETS), (True, (16, 128, 1024)))
+        for chunk, buckets in ((False, BUCKETS), (True, (16, 128, 512, 1024)))
         for tokens in buckets
+        if tokens <= PIECE or layer.hidden < 1024  # the reference takes long
+        for cuts in _cuts(weights.mixture, tokens, runner.device, chunk=chunk)
     ]
     runner.prepare(
         launch
-        for _, weights, tokens, chunk in todo
-        for launch in _launches(weights.mixture, runner.device, tokens, chunk=chunk)
+        for _, weights, tokens, chunk, cuts in todo
+        for launch in _launches(weights.mixture, runner.device, tokens, chunk=chunk, cuts=cuts)
     )
     wrong: list[str] = []
-    for layer, weights, tokens, chunk in todo:
-        wrong += check(runner, rng, layer, weights, tokens, chunk=chunk)
+    for layer, weights, tokens, chunk, cuts in todo:
+        wrong += check(runner, rng, layer, weights, tokens, chunk=chunk, cuts=cuts)
     return wrong
+
+
+def _cuts(mixture: MixtureShape, tokens: int, device: Device, *, chunk: bool) -> list[Cuts | None]:
+    """What the device takes, and other ways."""
+    if not chunk:
+        return [None, _others(mixture, tokens, device)]
+    tiles = tiled(mixture, rows=min(tokens, PIECE), device=device) if tokens >= 512 else None
+    return [None, tiles] if tiles else [None]
+
+
+def _row_cuts(cuts: Cuts) -> tuple[Tuning, Tuning]:
+    assert isinstance(cuts.gate_up, Tuning) and isinstance(cuts.down, Tuning)
+    return cuts.gate_up, cuts.down
+
+
+def _others(mixture: MixtureShape, rows: int, device: Device) -> Cuts:
+    """Cut as no device would: few blocks, each with items of several groups, and large teams."""
+    best = tuned(mixture, rows=rows, device=device)
+    return Cuts(
+        *(replace(cut, blocks=3, warps_k=4 if cut.warps_k == 1 else 1, stages=3) for cut in _row_cuts(best))
+    )
 
 
 COPIES: Final = 12
@@ -310,8 +346,8 @@ def bench(runner: Runner, group: int = 128, *, variants: bool = False) -> None:
         arrays[f"workspace{copy}"] = np.zeros(size, np.uint8)
     expert_bytes = mixture.gate_up.nbytes + mixture.down.nbytes
     print(f"int4, groups of {group}; an expert has {expert_bytes / 1e6:.2f} MB")
-    print("| rows | active | MB | all µs | route µs | gate, up µs | down µs | combine µs | GB/s of experts |")
-    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print("| rows | warps_k | active | MB | all µs | route µs | gate, up µs | down µs | combine µs | GB/s |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     with runner.buffers(arrays):
         for rows in (1, 4, 8, 16):
             for cuts in _variants(mixture, rows, runner.device, variants=variants):
@@ -329,36 +365,42 @@ def bench(runner: Runner, group: int = 128, *, variants: bool = False) -> None:
                 read = active / COPIES * expert_bytes / 1e6
                 speed = read / (parts[1] + parts[2]) * 1e3
                 shown = " | ".join(f"{part:.1f}" for part in parts)
+                cut = cuts or tuned(mixture, rows=rows, device=runner.device)
+                teams = ", ".join(str(each.warps_k) for each in _row_cuts(cut))
                 print(
-                    f"| {rows} {'' if cuts is None else cuts} | {active / COPIES:.1f} | {read:.1f} | "
+                    f"| {rows} | {teams} | {active / COPIES:.1f} | {read:.1f} | "
                     f"{whole:.1f} | {shown} | {speed:.0f} |",
                     flush=True,
                 )
         runner.allocate("chunk", 16)
         runner.upload("chunk", np.array([(0, 0, most, 0)], CHUNK))
-        for tokens in (128, 512, 2048):
-            launches = _launches(mixture, runner.device, tokens, chunk=True, copy="0")
+        tiles = tiled(mixture, rows=PIECE, device=runner.device)
+        for tokens, cuts in ((128, None), (512, None), (512, tiles), (2048, None), (2048, tiles)):
+            launches = _launches(mixture, runner.device, tokens, chunk=True, copy="0", cuts=cuts)
             took = runner.time(launches, repeats=5)
             flop = tokens * 8 * 3 * 2048 * 768 * 2
-            print(f"chunk of {tokens}: {took:.0f} µs, {flop / took / 1e6:.1f} TFLOP/s")
-            names = ("router", "route", "gate, up", "down", "combine")
-            parts = [runner.time([each], repeats=5) for each in launches[:5]]
+            how = " in tiles" if cuts else ""
+            print(f"chunk of {tokens}{how}: {took:.0f} µs, {flop / took / 1e6:.1f} TFLOP/s")
+            names = ("router", "choose", "route", "gate, up", "down", "combine")
+            parts = [runner.time([each], repeats=5) for each in launches[:6]]
             print(", ".join(f"{name} {part:.1f}" for name, part in zip(names, parts, strict=True)))
 
 
 def _variants(mixture: MixtureShape, rows: int, device: Device, *, variants: bool) -> list[Cuts | None]:
+    """None: as the device takes it; other ways to cut."""
     found: list[Cuts | None] = [None]
-    if variants:
-        best = tuned(mixture, rows=rows, device=device)
-        for warps, stages, blocks in ((16, 6, 1), (12, 6, 1), (8, 5, 2), (4, 8, 2), (4, 6, 3)):
-            found.append(
-                Cuts(
-                    *(
-                        replace(cut, warps=warps, stages=stages, blocks=blocks * device.multiprocessors)
-                        for cut in (best.gate_up, best.down)
-                    )
-                )
-            )
+    if not variants:
+        return found
+    best = tuned(mixture, rows=rows, device=device)
+    for warps_k in (1, 2, 4):
+        parts = [replace(cut, warps_k=warps_k) for cut in _row_cuts(best)]
+        fitting = [
+            replace(cut, stages=cut.stages - 1)
+            if shared_bytes(shape, cut) > (device.shared_per_block - 1024) // 2
+            else cut
+            for cut, shape in zip(parts, (mixture.gate_up, mixture.down), strict=True)
+        ]
+        found.append(Cuts(*fitting))
     return found
 
 
@@ -374,9 +416,11 @@ def main() -> int:
     seed = secrets.randbits(31) if args.seed is None else args.seed
     runner = Runner()
     wrong = checks(runner, seed)
-    print(f"mixtures of experts: {len(ERRORS)} checks, largest error {max(ERRORS):.2e}, seed {seed}")
+    print(
+        f"mixtures of experts: {len(ERRORS)} checks, largest error {max(ERRORS):.2e}, seed {seed}", flush=True
+    )
     for line in wrong[:40]:
-        print(line)
+        print(line, flush=True)
     if args.bench:
         bench(runner, variants=args.variants)
     return bool(wrong)
