@@ -105,6 +105,18 @@ class FakeDevice(FakeDriver):
         text = self.caches[slot] = [*held[:past], *tokens]
         logits = logits_of(text, self._vocab)
         _array(places[1] + number * self._vocab * 4, self._vocab, np.float32)[:] = logits
+        self._choose(row, logits, number, last, places)
+
+    def _choose(
+        self,
+        row: Any,
+        logits: Logits,
+        number: int,
+        last: NDArray[np.int32],
+        places: tuple[int, int, int],
+    ) -> None:
+        """Sample a row's token, if it wants one; `places` are sampling state, logits and results."""
+        slot = int(row["slot"])
         if not row["flags"] & WANTS_TOKEN:
             return
         state = _array(places[0], self._slots, SAMPLING)[slot]

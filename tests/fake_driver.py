@@ -83,7 +83,9 @@ class FakeDriver:
             case "cuMemGetInfo":
                 return (self._memory // 2, self._memory)
             case "cuMemAlloc" | "cuMemHostAlloc":
-                memory = (ctypes.c_uint8 * arguments[0])()
+                # 256-byte aligned, as the driver's is.
+                room = (ctypes.c_uint8 * (arguments[0] + 256))()
+                memory = (ctypes.c_uint8 * arguments[0]).from_buffer(room, -ctypes.addressof(room) % 256)
                 self.live[ctypes.addressof(memory)] = memory
                 return (ctypes.addressof(memory),)
             case "cuMemFree" | "cuMemFreeHost":

@@ -95,6 +95,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
         files = sorted(path.iterdir()) if path.is_dir() else None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if files is None:
+        _require_file(path)
+    for file in files or ():
+        _refuse_pipe(file)
 
     # Imported here, so that a family of formats is paid for only by those who open it.
     if files is not None and path / "config.json" in files:
@@ -118,3 +122,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.suffix == ".safetensors":
         raise CheckpointError(f"{path} holds tensors alone; name its directory, which has the config.json")
     return GgufCheckpoint(path)
+
+
+def _require_file(path: Path) -> None:
+    if not path.exists():
+        hint = ""
+        if not path.is_absolute() and len(path.parts) == 2:
+            hint = "; edgellm fetches nothing from a model hub: bring the files yourself"
+        raise CheckpointError(f"cannot read {path}: No such file or directory{hint}")
+    _refuse_pipe(path)
+
+
+def _refuse_pipe(path: Path) -> None:
+    """What is there and neither a file nor a directory: reading from a pipe would never end."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise CheckpointError(f"{path} is neither a file nor a directory")

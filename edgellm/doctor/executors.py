@@ -38,7 +38,7 @@ def check_executors(host: Host) -> Iterator[Finding]:
     yield _tensorrt(tensorrt)
     yield _cpu(host)
     yield from check_cuda(host, present=driver is not None)
-    yield _device_executor("tensorrt", present=tensorrt is not None)
+    yield _device_executor("tensorrt", present=tensorrt is not None and tensorrt[:2] >= TENSORRT_NEEDED)
 
 
 def _cuda(host: Host, driver: tuple[int, ...] | None, version: str | None) -> Finding:
@@ -90,7 +90,7 @@ def _device_executor(name: str, *, present: bool) -> Finding:
     if importlib.util.find_spec(f"edgellm.executor.{name}") is None:
         return Finding(check, Level.OK, "not in this version of edgellm", "the cpu executor serves")
     if not present:
-        return Finding(check, Level.OK, "cannot run", "its library is missing, see above")
+        return Finding(check, Level.OK, "cannot run", "its library is missing or too old, see above")
     return Finding(check, Level.OK, "can run")
 
 

@@ -6,7 +6,7 @@ import os
 
 from edgellm.config import EngineConfig
 from edgellm.enginedir import EngineDir
-from edgellm.errors import ConfigError, EngineError
+from edgellm.errors import ConfigError
 from edgellm.executor.base import Executor
 from edgellm.memory.plan import Shape
 
@@ -16,7 +16,7 @@ def make_executor(directory: EngineDir, wanted: EngineConfig) -> Executor:
 
     Raises:
         ConfigError: an `engine.*` key asks for more than the engine was built for.
-        EngineError: it is a TensorRT plan.
+        EngineError: it is to be a TensorRT plan and has none.
     """
     shape = shape_of(directory, wanted)
     if directory.config.edgellm.executor == "cuda":
@@ -34,9 +34,9 @@ def make_executor(directory: EngineDir, wanted: EngineConfig) -> Executor:
             weights_sha256=directory.config.edgellm.files[WEIGHTS_FILE].sha256,
         )
     if directory.config.edgellm.executor == "tensorrt":
-        raise EngineError(
-            f"{directory.path} is a TensorRT plan, which this edgellm builds and cannot run yet"
-        )
+        from edgellm.executor.tensorrt import TensorRtExecutor
+
+        return TensorRtExecutor(directory, shape)
     from edgellm.executor.cpu import CpuExecutor
 
     return CpuExecutor(

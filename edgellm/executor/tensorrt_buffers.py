@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import Final
 
 from edgellm.engine_config import BuildConfig
+from edgellm.executor.cuda_programs import HISTORY
+from edgellm.kernels.adjust import AdjustmentsShape
 from edgellm.kernels.rows import CHUNK, ROW
 from edgellm.kernels.sample import SAMPLED, SAMPLING, sample_workspace
 from edgellm.memory.arena import Buffer, aligned
@@ -60,6 +62,7 @@ def lasting_buffers(
         "chunk": CHUNK.itemsize + tokens * INDEX,
         "last_token": slots * INDEX,
         "sampling": slots * SAMPLING.itemsize,
+        "adjustments": slots * AdjustmentsShape(spec.vocab_size, HISTORY).dtype.itemsize,
         "results": slots * SAMPLED.itemsize,
         "sample_workspace": sample_workspace(spec.vocab_size, rows=slots),
     }

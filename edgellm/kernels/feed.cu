@@ -2,10 +2,12 @@
 #include "common.cuh"
 #include "rows.cuh"
 
-// One token for each of `count` rows. Grid: (count / threads).
-__global__ void feed_rows(const Row* __restrict__ rows, const int* last_token, int count, int* tokens, int* positions,
-                          int* past, int* last, int* lengths) {
-  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+// One token for each of `count` rows. Grid: (count / THREADS).
+template <int THREADS>
+__global__ void __launch_bounds__(THREADS)
+    feed_rows(const Row* __restrict__ rows, const int* last_token, int count, int* tokens, int* positions, int* past,
+              int* last, int* lengths) {
+  const int i = blockIdx.x * THREADS + threadIdx.x;
   if (i >= count) return;
   const Row row = rows[i];
   tokens[i] = row.token < 0 ? last_token[row.slot] : row.token;
@@ -14,10 +16,12 @@ __global__ void feed_rows(const Row* __restrict__ rows, const int* last_token, i
   lengths[i] = row.past + 1;
 }
 
-// A piece of one slot's prompt, all of whose tokens there are. Grid: (tokens / threads).
-__global__ void feed_chunk(const Chunk* __restrict__ chunk, const int* __restrict__ ids, int* tokens, int* positions,
-                           int* past, int* last, int* lengths) {
-  const int t = blockIdx.x * blockDim.x + threadIdx.x;
+// A piece of one slot's prompt, all of whose tokens there are. Grid: (tokens / THREADS).
+template <int THREADS>
+__global__ void __launch_bounds__(THREADS)
+    feed_chunk(const Chunk* __restrict__ chunk, const int* __restrict__ ids, int* tokens, int* positions, int* past,
+               int* last, int* lengths) {
+  const int t = blockIdx.x * THREADS + threadIdx.x;
   const Chunk piece = *chunk;
   if (t < piece.count) {
     tokens[t] = ids[t];

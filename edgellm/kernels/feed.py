@@ -34,14 +34,14 @@ class Inputs:
 def feed_rows(count: int, *, rows_at: At, last_token: At, inputs: Inputs) -> list[Launch]:
     """One token for each of `count` rows: `rows_at` is an array of as many `rows.ROW`, none nobody's."""
     into = (inputs.tokens, inputs.positions, inputs.past, inputs.last, inputs.lengths)
-    kernel = Kernel(_SOURCE, "feed_rows", _THREADS)
+    kernel = Kernel(_SOURCE, f"feed_rows<{_THREADS}>", _THREADS)
     return [Launch(kernel, (_blocks(count), 1, 1), (rows_at, last_token, count, *into), early=False)]
 
 
 def feed_chunk(tokens: int, *, chunk: At, inputs: Inputs) -> list[Launch]:
     """A piece of exactly `tokens` tokens: `chunk` is a `rows.CHUNK`, its ids behind it."""
     into = (inputs.tokens, inputs.positions, inputs.past, inputs.last, inputs.lengths)
-    kernel = Kernel(_SOURCE, "feed_chunk", _THREADS)
+    kernel = Kernel(_SOURCE, f"feed_chunk<{_THREADS}>", _THREADS)
     return [Launch(kernel, (_blocks(tokens), 1, 1), (chunk, chunk + CHUNK.itemsize, *into), early=False)]
 
 

@@ -13,7 +13,9 @@ from typing import Final
 from msgspec import structs
 
 from edgellm.engine_config import BuildConfig, Compute, PlanRecord
+from edgellm.executor.cuda_programs import HISTORY
 from edgellm.executor.tensorrt_buffers import lasting_buffers, longest_chunk
+from edgellm.kernels.adjust import AdjustmentsShape
 from edgellm.memory.arena import aligned
 from edgellm.memory.device import context_line, graphs_line, pinned_line, process_line, sampling_line
 from edgellm.memory.plan import Line, Shape
@@ -65,7 +67,12 @@ class TensorRtFootprint:
             process_line(plan.library, LIBRARY),
             tokenizer_line(spec),
             sampling_line(spec, shape),
-            pinned_line(spec, shape, longest=longest_chunk(shape)),
+            pinned_line(
+                spec,
+                shape,
+                longest=longest_chunk(shape),
+                adjustments=AdjustmentsShape(spec.vocab_size, HISTORY).dtype.itemsize,
+            ),
             context_line(),
             graphs_line(shape.max_batch_size * plan.kernels),
             Line("weights", plan.weight_bytes, f"{number(plan.weight_bytes)} B, as the plan says", "device"),

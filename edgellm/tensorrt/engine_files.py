@@ -16,8 +16,10 @@ import msgspec
 from edgellm.checkpoint.base import Checkpoint
 from edgellm.engine_config import BuildConfig, PlanRecord
 from edgellm.enginedir import EngineDir
-from edgellm.errors import DeviceError, EngineError, UsageError
+from edgellm.errors import BuildError, DeviceError, EngineError, UsageError
 from edgellm.executor.base import Progress
+from edgellm.executor.cuda_kernels import write_cubins
+from edgellm.executor.tensorrt_launches import kernels_around
 from edgellm.governor.platform import Family, identify_board
 from edgellm.tensorrt.api import Api
 from edgellm.tensorrt.plan import build_plan
@@ -61,6 +63,13 @@ def write_plan(
         progress=progress,
     )
     plan.write(directory / PLAN_FILE)
+    warnings = list(plan.warnings)
+    kernels = kernels_around(checkpoint.spec.vocab_size)
+    try:
+        for sm in runs_on:
+            write_cubins(directory, kernels, sm, lambda done: progress("kernels", done))
+    except (DeviceError, BuildError) as error:
+        warnings.append(f"the kernels around the plan will be compiled at the first start ({error})")
     layers = msgspec.json.format(msgspec.json.encode(plan.layers), indent=1)
     (directory / LAYERS_FILE).write_bytes(layers + b"\n")
     record = PlanRecord(
@@ -75,7 +84,7 @@ def write_plan(
         decode_bytes=plan.activation_bytes[1],
         kernels=-(-len(plan.layers) // 2),
     )
-    return record, plan.warnings
+    return record, warnings
 
 
 def plan_record(directory: EngineDir) -> PlanRecord:

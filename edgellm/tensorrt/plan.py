@@ -17,6 +17,7 @@ from edgellm.checkpoint.base import Checkpoint
 from edgellm.enginedir import BuildConfig
 from edgellm.errors import BuildError
 from edgellm.executor.base import Progress
+from edgellm.memory.arena import ALIGNMENT
 from edgellm.model.spec import ModelSpec
 from edgellm.model.trt import emit_network
 from edgellm.tensorrt.api import Api
@@ -122,6 +123,11 @@ def longest_chunk(build: BuildConfig) -> int:
 
 
 def _require_cache(spec: ModelSpec, build: BuildConfig) -> None:
+    if spec.num_key_value_heads * build.max_seq_len * spec.head_size * 2 % ALIGNMENT:
+        raise BuildError(
+            f"--max-seq-len {build.max_seq_len}: TensorRT wants each slot's cache at a multiple of "
+            f"{ALIGNMENT} bytes; {-(-build.max_seq_len // 16) * 16} would do"
+        )
     each = spec.num_key_value_heads * build.max_seq_len * spec.head_size
     if each * build.max_batch_size > LARGEST_CACHE:
         raise BuildError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +164,16 @@ def _with_key(key: str, value: int | bool) -> Any:
         written(writer)
 
     return changed
+
+
+def test_a_pipe_is_refused_unread(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match=r"config\.json is neither a file nor a directory"):
+        open_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="is neither a file nor a directory"):
+        open_checkpoint(tmp_path / "config.json")
+
+
+def test_a_hubs_name_is_told_from_a_path() -> None:
+    with pytest.raises(CheckpointError, match=r"Qwen/Qwen3-8B: No such file or directory; .* model hub"):
+        open_checkpoint(Path("Qwen/Qwen3-8B"))

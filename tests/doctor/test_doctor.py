@@ -215,6 +215,9 @@ def test_cuda_and_tensorrt_are_found_by_their_files(agx: Path) -> None:
     assert found["CUDA"] == Finding("CUDA", Level.OK, "driver library present, toolkit 11.4.19")
     assert found["TensorRT"].value == "8.5.2"
     assert "10.15" in found["TensorRT"].meaning
+    assert found["executor tensorrt"].value == "cannot run"
+    put(agx, "usr/lib/aarch64-linux-gnu/libnvinfer.so.10.16.1", "")
+    assert findings(agx)["executor tensorrt"].value == "can run"
 
 
 def test_a_toolkit_without_version_file_is_named_by_its_directory(agx: Path) -> None:
