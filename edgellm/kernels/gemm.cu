@@ -45,24 +45,27 @@ struct GroupRows {
   DEVICE int of(int token) const { return rows[token]; }
 };
 
-// A tile. x: float16 [any, K]; bias: float32 [16 · row_blocks] or null
-// out, from its row token0 on, and at most to row `tokens`: STORE, SWIGLU float16 [tokens, outputs]; LOGITS float32 [tokens, outputs]; RESIDUAL adds to it
+// A tile, or with SPLITS > 1 a part of its columns. x: float16 [any, K]; bias: float32 [16 · row_blocks] or null
+// out, from its row token0 on, and at most to row `tokens`: STORE, SWIGLU float16 [tokens, outputs];
+// LOGITS float32 [tokens, outputs]; RESIDUAL adds to it
+// workspace: with SPLITS > 1, 1024 counters, which are 0 before and after, then the splits' sums
 template <int BITS, int GROUP, int ZERO, int K, int ROW_BLOCKS, int TOKENS, int WARPS_R, int WARPS_T, int EPILOGUE,
-          int STAGES, class Rows>
+          int STAGES, int SPLITS, class Rows>
 DEVICE void gemm_tile(const Rows& rows, const u8* __restrict__ weights, const u16* x, const float* __restrict__ bias,
-                      void* out, int token0, int tokens, int row_blocks, int outputs) {
+                      void* out, u8* workspace, int token0, int tokens, int row_blocks, int outputs) {
   using P = Panel<BITS, GROUP, ZERO>;
   using S = Stage<BITS, GROUP, ZERO, ROW_BLOCKS, TOKENS>;
-  constexpr int THREADS = WARPS_R * WARPS_T * 32, PANELS = K / P::COLUMNS, STEPS = K / STEP;
+  constexpr int THREADS = WARPS_R * WARPS_T * 32, PANELS = K / P::COLUMNS, ALL_STEPS = K / STEP;
   constexpr int RB = ROW_BLOCKS / WARPS_R, TILES = TOKENS / WARPS_T / 8;
   extern __shared__ __align__(16) u8 shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
   const int warp_r = warp % WARPS_R, warp_t = warp / WARPS_R;
   const int row_block0 = blockIdx.y * ROW_BLOCKS;
+  const int step0 = blockIdx.z * ALL_STEPS / SPLITS, steps = (blockIdx.z + 1) * ALL_STEPS / SPLITS - step0;
 
-  auto load_weights = [&](int step) {
-    u8* const to = shared + step % STAGES * S::BYTES;
-    const int panel = step * STEP / P::COLUMNS, chunk_of = step % (P::COLUMNS / STEP);
+  auto load_weights = [&](int at) {
+    u8* const to = shared + at % STAGES * S::BYTES;
+    const int step = step0 + at, panel = step * STEP / P::COLUMNS, chunk_of = step % (P::COLUMNS / STEP);
 #pragma unroll
     for (int i = threadIdx.x; i < ROW_BLOCKS * S::NUMBERS / 16; i += THREADS) {
       const int r = i / (S::NUMBERS / 16), piece = i % (S::NUMBERS / 16);
@@ -80,8 +83,9 @@ DEVICE void gemm_tile(const Rows& rows, const u8* __restrict__ weights, const u1
       }
     }
   };
-  auto load_x = [&](int step) {
-    u8* const to = shared + step % STAGES * S::BYTES + S::X;
+  auto load_x = [&](int at) {
+    u8* const to = shared + at % STAGES * S::BYTES + S::X;
+    const int step = step0 + at;
 #pragma unroll
     for (int i = threadIdx.x; i < TOKENS * 8; i += THREADS) {
       const int token = i / 8, piece = i % 8;
@@ -91,23 +95,23 @@ DEVICE void gemm_tile(const Rows& rows, const u8* __restrict__ weights, const u1
 
 #pragma unroll
   for (int i = 0; i < STAGES - 1; i++)
-    if (i < STEPS) load_weights(i);
+    if (i < steps) load_weights(i);
   if (!rows.start()) {
     copy_async_wait<0>();
     return;
   }
 #pragma unroll
   for (int i = 0; i < STAGES - 1; i++) {
-    if (i < STEPS) load_x(i);
+    if (i < steps) load_x(i);
     copy_async_commit();
   }
 
   float acc[RB][TILES][4] = {};
 #pragma unroll 1
-  for (int step = 0; step < STEPS; step++) {
+  for (int step = 0; step < steps; step++) {
     copy_async_wait<STAGES - 2>();
     __syncthreads();
-    if (step + STAGES - 1 < STEPS) load_weights(step + STAGES - 1), load_x(step + STAGES - 1);
+    if (step + STAGES - 1 < steps) load_weights(step + STAGES - 1), load_x(step + STAGES - 1);
     copy_async_commit();
     const u8* const stage = shared + step % STAGES * S::BYTES;
     const u8* const numbers = stage + warp_r * RB * S::NUMBERS;
@@ -149,6 +153,45 @@ DEVICE void gemm_tile(const Rows& rows, const u8* __restrict__ weights, const u1
     }
   }
   copy_async_wait<0>();
+
+  if constexpr (SPLITS > 1) {
+    // Each split leaves its sums; the last one to come adds them all, in order, and goes on.
+    const int tile_of = blockIdx.y * gridDim.x + blockIdx.x;
+    float4* const sums = (float4*)(workspace + 4096) + (u64)tile_of * SPLITS * RB * TILES * THREADS + threadIdx.x;
+#pragma unroll
+    for (int r = 0; r < RB; r++)
+#pragma unroll
+      for (int tile = 0; tile < TILES; tile++) {
+        const float(&a)[4] = acc[r][tile];
+        sums[((blockIdx.z * RB + r) * TILES + tile) * THREADS] = make_float4(a[0], a[1], a[2], a[3]);
+      }
+    int* const last = (int*)shared;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      int* const counter = (int*)workspace + tile_of;
+      *last = atomicAdd(counter, 1) == SPLITS - 1;
+      if (*last) *counter = 0;
+      __threadfence();
+    }
+    __syncthreads();
+    if (!*last) return;
+#pragma unroll
+    for (int r = 0; r < RB; r++)
+#pragma unroll
+      for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) acc[r][tile][i] = 0.f;
+#pragma unroll 1
+    for (int split = 0; split < SPLITS; split++)
+#pragma unroll
+      for (int r = 0; r < RB; r++)
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+          const float4 a = load_l2(sums + ((split * RB + r) * TILES + tile) * THREADS);
+          acc[r][tile][0] += a.x, acc[r][tile][1] += a.y, acc[r][tile][2] += a.z, acc[r][tile][3] += a.w;
+        }
+  }
 
   if (bias) {
 #pragma unroll
@@ -229,13 +272,13 @@ DEVICE void gemm_tile(const Rows& rows, const u8* __restrict__ weights, const u1
 
 // Tokens past the chunk's count: tiles without others are left alone, in mixed ones they get what comes out.
 template <int BITS, int GROUP, int ZERO, int K, int ROW_BLOCKS, int TOKENS, int WARPS_R, int WARPS_T, int EPILOGUE,
-          int STAGES>
+          int STAGES, int SPLITS>
 __global__ void __launch_bounds__(WARPS_R * WARPS_T * 32, WARPS_R * WARPS_T > 4 ? 1 : 2)
-    gemm(const Chunk* __restrict__ chunk, const u8* weights, const u16* x, const float* bias, void* out, int tokens,
-         int row_blocks, int outputs) {
+    gemm(const Chunk* __restrict__ chunk, const u8* weights, const u16* x, const float* bias, void* out, u8* workspace,
+         int tokens, int row_blocks, int outputs) {
   const int first = blockIdx.x * TOKENS;
-  gemm_tile<BITS, GROUP, ZERO, K, ROW_BLOCKS, TOKENS, WARPS_R, WARPS_T, EPILOGUE, STAGES>(
-      ChunkRows{chunk, first, tokens}, weights, x, bias, out, first, tokens, row_blocks, outputs);
+  gemm_tile<BITS, GROUP, ZERO, K, ROW_BLOCKS, TOKENS, WARPS_R, WARPS_T, EPILOGUE, STAGES, SPLITS>(
+      ChunkRows{chunk, first, tokens}, weights, x, bias, out, workspace, first, tokens, row_blocks, outputs);
 }
 
 // Of a mixture of experts, see moe.cu: a tile of tokens is a group, whose expert's weights it multiplies. GATHERED: x
@@ -257,7 +300,7 @@ __global__ void __launch_bounds__(WARPS_R * WARPS_T * 32, WARPS_R * WARPS_T > 4 
   }
   __syncthreads();
   const u64 expert_bytes = (u64)row_blocks * (K / P::COLUMNS) * P::BYTES;
-  gemm_tile<BITS, GROUP, ZERO, K, ROW_BLOCKS, TOKENS, WARPS_R, WARPS_T, EPILOGUE, STAGES>(
-      GroupRows{rows}, weights + group.expert * expert_bytes, x, nullptr, out, group.begin, group.begin + group.count,
+  gemm_tile<BITS, GROUP, ZERO, K, ROW_BLOCKS, TOKENS, WARPS_R, WARPS_T, EPILOGUE, STAGES, 1>(
+      GroupRows{rows}, weights + group.expert * expert_bytes, x, nullptr, out, nullptr, group.begin, group.begin + group.count,
       row_blocks, outputs);
 }

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Final, Literal
 
 from edgellm.cuda.launch import Argument, At, Device, Kernel, Launch
 from edgellm.errors import BuildError
-from edgellm.kernels.linear import BUCKETS, ZERO_NAMES, decode_linear, decode_workspace
+from edgellm.kernels.linear import BUCKETS, COUNTERS_BYTES, ZERO_NAMES, decode_linear, decode_workspace
 from edgellm.kernels.packing import ROW_BLOCK, PackedShape
 
 Epilogue = Literal["store", "residual", "swiglu", "logits"]
@@ -16,6 +17,7 @@ Epilogue = Literal["store", "residual", "swiglu", "logits"]
 
 _SOURCE: Final = "gemm.cu"
 _STEP: Final = 64
+_SPLITS: Final = (1, 2, 3, 4, 6, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,7 @@ class Tile:
         tokens: of the chunk.
         warps_r, warps_t: warps along each.
         stages: steps of 64 columns under way.
+        splits: blocks that part the columns; their sums meet in the workspace.
     """
 
     row_blocks: int
@@ -34,6 +37,7 @@ class Tile:
     warps_r: int
     warps_t: int
     stages: int
+    splits: int = 1
 
     @property
     def threads(self) -> int:
@@ -101,11 +105,13 @@ def prefill_linear(
             workspace=workspace,
         )
     cut = tile or tile_for(shape, tokens=tokens, device=device)
+    if cut.splits > 1 and workspace is None:
+        raise ValueError("this linear needs a workspace")
     weight = f"{shape.bits}, {shape.group}, {ZERO_NAMES[shape.zero]}, {shape.k}"
     parts = f"{cut.row_blocks}, {cut.tokens}, {cut.warps_r}, {cut.warps_t}"
     kernel = Kernel(
         _SOURCE,
-        f"gemm<{weight}, {parts}, {epilogue.upper()}, {cut.stages}>",
+        f"gemm<{weight}, {parts}, {epilogue.upper()}, {cut.stages}, {cut.splits}>",
         cut.threads,
         shared_bytes(shape, cut),
     )
@@ -115,6 +121,7 @@ def prefill_linear(
         x,
         bias,
         out,
+        workspace if cut.splits > 1 else None,
         tokens,
         shape.row_blocks,
         shape.outputs,
@@ -124,16 +131,33 @@ def prefill_linear(
 
 def prefill_workspace(shape: PackedShape, tokens: int, device: Device) -> int:
     """Bytes that the launches for a bucket need of a workspace; 0: none."""
-    return decode_workspace(shape, _bucket(tokens), device) if tokens <= BUCKETS[-1] else 0
+    if tokens <= BUCKETS[-1]:
+        return decode_workspace(shape, _bucket(tokens), device)
+    return tile_workspace(shape, tokens, tile_for(shape, tokens=tokens, device=device))
 
 
+def tile_workspace(shape: PackedShape, tokens: int, tile: Tile) -> int:
+    """Bytes of a workspace for this tile: counters, and float32 sums of every split; 0: none."""
+    if tile.splits == 1:
+        return 0
+    x, y, _ = grid_of(shape, tokens, tile)
+    return COUNTERS_BYTES + x * y * tile.splits * tile.row_blocks * ROW_BLOCK * tile.tokens * 4
+
+
+@cache
 def tile_for(shape: PackedShape, *, tokens: int, device: Device) -> Tile:
     """The tile that should take the least time.
 
     Raises:
         BuildError: none fits the device's shared memory.
     """
-    fitting = [tile for tile in TILES if shared_bytes(shape, tile) <= device.shared_per_block]
+    fitting = [
+        replace(tile, splits=splits)
+        for tile in TILES
+        if shared_bytes(shape, tile) <= device.shared_per_block
+        for splits in _SPLITS
+        if splits == 1 or _can_split(shape, tokens, tile, splits)
+    ]
     if not fitting:
         raise BuildError(
             f"a prefill linear needs more than the {device.shared_per_block} bytes of shared memory that a "
@@ -142,32 +166,45 @@ def tile_for(shape: PackedShape, *, tokens: int, device: Device) -> Tile:
     return min(fitting, key=lambda tile: _cost(shape, tokens, device, tile))
 
 
-def _cost(shape: PackedShape, tokens: int, device: Device, tile: Tile) -> float:
-    """Time, in no particular unit: waves of blocks, and how fast an SM works with as many warps as it has."""
+def _can_split(shape: PackedShape, tokens: int, tile: Tile, splits: int) -> bool:
     x, y, _ = grid_of(shape, tokens, tile)
-    blocks = x * y
-    # Four warps use up to half of an SM's registers, eight all of them.
+    # Sums of many tokens are many bytes to write and to read again.
+    few = splits <= 2 if tokens > 256 else splits * tokens <= 512
+    # A warp of 64 × 64 has no registers left for adding.
+    small = tile.row_blocks * ROW_BLOCK * tile.tokens // tile.threads <= 64
+    return few and small and x * y <= COUNTERS_BYTES // 4 and shape.k // _STEP >= splits * tile.stages
+
+
+def _cost(shape: PackedShape, tokens: int, device: Device, tile: Tile) -> float:
+    """Time, in no particular unit: waves of blocks, each step of which takes as long as its arithmetic, or as
+    its latencies. Measured on an H100, where a unit is 54 ns."""
+    x, y, splits = grid_of(shape, tokens, tile)
+    sums = tile.row_blocks * ROW_BLOCK * tile.tokens // tile.threads
+    registers = 90 + 1.15 * sums
     per_sm = min(
-        8 // (tile.threads // 32), (device.shared_per_block + 1024) // (shared_bytes(shape, tile) + 1024)
+        int(65_536 / (registers * tile.threads)),
+        (device.shared_per_block + 1024) // (shared_bytes(shape, tile) + 1024),
     )
     per_sm = max(1, per_sm)
-    full, rest = divmod(blocks, device.multiprocessors * per_sm)
-    rest_per_sm = -(-rest // device.multiprocessors)
-    time = full * per_sm / _pace(tile, per_sm) + (rest_per_sm / _pace(tile, rest_per_sm) if rest else 0.0)
-    return time * tile.row_blocks * tile.tokens
+    full, rest = divmod(x * y * splits, device.multiprocessors * per_sm)
+    step = full * _step_time(tile, per_sm)
+    if rest:
+        step += _step_time(tile, -(-rest // device.multiprocessors))
+    return shape.k / _STEP / splits * step + (75.0 + 10.0 * splits if splits > 1 else 0.0)
 
 
-def _pace(tile: Tile, blocks: int) -> float:
-    """How fast an SM with this many blocks works, measured on an H100: 1 with 8 warps of 64 × 64."""
+def _step_time(tile: Tile, blocks: int) -> float:
+    """Of an SM with this many blocks."""
     rows, tokens = tile.row_blocks * ROW_BLOCK // tile.warps_r, tile.tokens // tile.warps_t
     reuse = 1.0 if rows * tokens >= 4096 else 0.9 if rows * tokens >= 2048 else 0.75
     warps = 1.0 if blocks * tile.threads >= 256 else 0.55
-    return reuse * warps * (1.0 if tile.stages >= 4 else 0.97 if tile.stages == 3 else 0.75)
+    stages = 1.0 if tile.stages >= 4 else 0.97 if tile.stages == 3 else 0.75
+    return max(11.5, blocks * tile.row_blocks * tile.tokens / 64 / (reuse * warps * stages))
 
 
 def grid_of(shape: PackedShape, tokens: int, tile: Tile) -> tuple[int, int, int]:
-    """Tiles along tokens, then along out features: neighbours in time share weights."""
-    return -(-tokens // tile.tokens), -(-shape.row_blocks // tile.row_blocks), 1
+    """Tiles along tokens, then along out features, so that neighbours in time share weights; then splits."""
+    return -(-tokens // tile.tokens), -(-shape.row_blocks // tile.row_blocks), tile.splits
 
 
 def shared_bytes(shape: PackedShape, tile: Tile) -> int:
@@ -177,6 +214,12 @@ def shared_bytes(shape: PackedShape, tile: Tile) -> int:
     stage = tile.row_blocks * (numbers + scales) + tile.tokens * _STEP * 2
     rows = tile.row_blocks * (8 if shape.swiglu else ROW_BLOCK)
     return max(tile.stages * stage, tile.tokens * (rows + 8) * 2)
+
+
+def steps_of(shape: PackedShape, tile: Tile, split: int) -> range:
+    """The steps of 64 columns that a split takes: the kernel's arithmetic, for tests."""
+    steps = shape.k // _STEP
+    return range(split * steps // tile.splits, (split + 1) * steps // tile.splits)
 
 
 def outputs_of(

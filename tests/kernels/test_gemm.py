@@ -20,9 +20,10 @@ from edgellm.kernels.gemm import (
     prefill_linear,
     prefill_workspace,
     shared_bytes,
+    steps_of,
     tile_for,
 )
-from edgellm.kernels.linear import decode_workspace
+from edgellm.kernels.linear import COUNTERS_BYTES, decode_workspace
 from edgellm.kernels.packing import PackedShape
 
 SHAPES = {
@@ -96,7 +97,28 @@ def test_sixteen_tokens_are_a_decode_linears_rows() -> None:
     (launch,) = linear(shape, 16, orin)
     assert launch.kernel.source == "linear.cu"
     assert prefill_workspace(shape, 16, orin) == decode_workspace(shape, 16, orin) > 0
-    assert prefill_workspace(shape, 32, orin) == 0
+
+
+def test_splits_part_the_columns_and_their_sums_have_room() -> None:
+    for device in DEVICES.values():
+        for shape in SHAPES.values():
+            for tokens in (32, 64, 128, 512, 2048):
+                tile = tile_for(shape, tokens=tokens, device=device)
+                steps = [step for split in range(tile.splits) for step in steps_of(shape, tile, split)]
+                assert steps == list(range(shape.k // 64))
+                across, down, splits = grid_of(shape, tokens, tile)
+                size = prefill_workspace(shape, tokens, device)
+                if splits == 1:
+                    assert size == 0
+                else:
+                    assert across * down * 4 <= COUNTERS_BYTES
+                    padded = across * tile.tokens * down * tile.row_blocks * 16
+                    assert size == COUNTERS_BYTES + splits * padded * 4
+
+
+def test_few_tokens_are_split_where_sms_would_idle() -> None:
+    assert tile_for(SHAPES["Qwen3-8B down"], tokens=64, device=DEVICES["h100"]).splits > 1
+    assert tile_for(SHAPES["Qwen3-8B down"], tokens=2048, device=DEVICES["h100"]).splits == 1
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -109,7 +131,7 @@ def test_every_kind_compiles_and_fits(name: str) -> None:
     device = DEVICES[name]
     launches: list[Launch] = []
     for number, shape in enumerate(SHAPES.values()):
-        for tokens in (32, 512):
+        for tokens in (32, 128, 512):
             launches += linear(shape, tokens, device, epilogue=EPILOGUES[number % 2])
     shape = SHAPES["Qwen3-8B qkv"]
     for tile in TILES:

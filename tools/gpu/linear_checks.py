@@ -470,6 +470,7 @@ class LinearBench:
                 bias=None,
                 epilogue=QWEN3_8B[name][1],  # type: ignore[arg-type]
                 out=At("result"),
+                workspace=At("workspace"),
             )
         ]
         return self.runner.time(launches, repeats=5) / count
