@@ -9,18 +9,17 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from edgellm.commands.quantizing import QuantizedBuild, add_flags
 
 if TYPE_CHECKING:
     from edgellm.checkpoint import Checkpoint
-    from edgellm.engine_config import Compute, PlanRecord
+    from edgellm.commands.target import Target
+    from edgellm.engine_config import PlanRecord
     from edgellm.enginedir import BuildConfig, EngineConfig
     from edgellm.executor.base import Progress
-    from edgellm.model.kv_cache import KvCache
     from edgellm.model.spec import ModelSpec
-    from edgellm.tensorrt.api import Api
 
 DEFAULT_BATCH_SIZE = 4
 DEFAULT_SEQ_LEN = 2048
@@ -113,11 +112,12 @@ def run(args: argparse.Namespace) -> int:
     from msgspec import structs
 
     from edgellm.commands.progress import progress_bar
+    from edgellm.commands.target import read_target
     from edgellm.engine_draft import remove_abandoned_drafts
     from edgellm.enginedir import new_engine, real_path, seal
 
     started = time.monotonic()
-    target = _target(args)
+    target = read_target(args)
     checkpoint = _checkpoint(args)
     build = build_config(
         checkpoint.spec,
@@ -226,73 +226,12 @@ def _utf8(text: str) -> str:
     return text
 
 
-class _Target(NamedTuple):
-    """What the engine is for, checked: flags that belong together, defaults filled in."""
-
-    executor: Literal["cpu", "cuda", "tensorrt"]
-    compute: Compute
-    kv_cache: KvCache
-    sms: tuple[int, ...]
-    tensorrt: Api | None
-    builder_memory: int | None
-    timing_cache: Path
-
-
 class _Network(NamedTuple):
     """What was written: the SHA-256 of files that were hashed meanwhile, the plan if it is one, warnings."""
 
     hashed: dict[str, str]
     plan: PlanRecord | None = None
     warnings: Sequence[str] = ()
-
-
-TARGETS: dict[str, tuple[tuple[Compute, ...], tuple[KvCache, ...]]] = {
-    "cpu": (("int8", "fp32"), ("fp32", "fp16")),
-    "cuda": (("fp16",), ("fp16", "int8")),
-    "tensorrt": (("fp16",), ("fp16",)),
-}
-"""Executor → how it can compute, and what its caches can hold; the defaults first."""
-
-
-def _target(args: argparse.Namespace) -> _Target:
-    from edgellm.errors import UsageError
-    from edgellm.executor.cuda_kernels import devices_of
-    from edgellm.memory.sizes import parse_size
-    from edgellm.tensorrt.api import find_api
-
-    for flag, choices in zip(("compute", "kv_cache"), TARGETS[args.executor], strict=True):
-        asked = getattr(args, flag)
-        if asked is not None and asked not in choices:
-            raise UsageError(
-                f"--{flag.replace('_', '-')} {asked}: the {args.executor} executor has "
-                + " and ".join(choices)
-            )
-    if args.sm is not None and args.executor == "cpu":
-        raise UsageError("--sm: only --executor cuda and tensorrt build for a device")
-    for flag in ("builder_memory", "timing_cache"):
-        if getattr(args, flag) is not None and args.executor != "tensorrt":
-            raise UsageError(f"--{flag.replace('_', '-')}: only --executor tensorrt has a builder")
-    try:
-        sms = tuple(dict.fromkeys(int(word) for word in args.sm.split(","))) if args.sm else ()
-        for sm in sms if args.executor == "cuda" else ():
-            devices_of(sm)
-    except ValueError as error:
-        raise UsageError(f"--sm {args.sm}: {error}") from None
-    try:
-        builder_memory = parse_size(args.builder_memory) if args.builder_memory else None
-    except ValueError as error:
-        raise UsageError(f"--builder-memory: {error}") from None
-    computes, caches = TARGETS[args.executor]
-    output = args.output.resolve()
-    return _Target(
-        args.executor,
-        args.compute or computes[0],
-        args.kv_cache or caches[0],
-        sms,
-        find_api() if args.executor == "tensorrt" else None,
-        builder_memory,
-        args.timing_cache or output.with_name(f"{output.name}.timing"),
-    )
 
 
 def _checkpoint(args: argparse.Namespace) -> Checkpoint:
@@ -317,7 +256,7 @@ def _checkpoint(args: argparse.Namespace) -> Checkpoint:
 
 def _engine_config(
     args: argparse.Namespace,
-    target: _Target,
+    target: Target,
     checkpoint: Checkpoint,
     build: BuildConfig,
     network: _Network,
@@ -350,7 +289,7 @@ def _engine_config(
     )
 
 
-def _executor_version(target: _Target) -> str:
+def _executor_version(target: Target) -> str:
     from importlib.metadata import version
 
     if target.tensorrt is not None:
@@ -391,7 +330,7 @@ def _write_text(checkpoint: Checkpoint, draft: Path) -> None:
 
 
 def _write_network(
-    target: _Target, checkpoint: Checkpoint, draft: Path, build: BuildConfig, progress: Progress
+    target: Target, checkpoint: Checkpoint, draft: Path, build: BuildConfig, progress: Progress
 ) -> _Network:
     if target.executor == "cpu":
         from edgellm.model import onnx

@@ -201,7 +201,7 @@ def _refuse(args: argparse.Namespace, executor: str) -> None:
     Raises:
         UsageError: naming the flag.
     """
-    from edgellm.commands.build import TARGETS
+    from edgellm.commands.target import TARGETS
     from edgellm.errors import UsageError
 
     if args.executor not in (None, executor):

@@ -29,7 +29,8 @@ from edgellm.executor.cuda_programs import (
     prefill_buckets,
 )
 from edgellm.executor.cuda_steps import Piece
-from edgellm.executor.device import PIPELINE_DEPTH, STEP_LIMIT_S, DeviceExecutor, DeviceState, HostMemory
+from edgellm.executor.device import STEP_LIMIT_S, DeviceExecutor
+from edgellm.executor.device_state import PIPELINE_DEPTH, DeviceState, HostMemory
 from edgellm.kernels.attention_shape import CacheKind, rope_table
 from edgellm.model.network import NETWORK_FILE, Network, read_network
 from edgellm.model.rotary import Rotary

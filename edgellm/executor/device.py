@@ -15,7 +15,6 @@ import collections
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -34,118 +33,23 @@ from edgellm.executor.base import (
     Ticket,
     Want,
 )
-from edgellm.executor.cuda_memory import DeviceMemory, Pinned, pinned_size
 from edgellm.executor.cuda_programs import HISTORY, MOST_ROWS
 from edgellm.executor.cuda_steps import NOBODY, SAMPLED_LAST, Piece, StepBuffers, pieces_of
+from edgellm.executor.device_state import PIPELINE_DEPTH, DeviceState, OpenStep, SlotState
 from edgellm.executor.sampler import Sampled, Sampler
 from edgellm.kernels.adjust import AdjustmentsShape, adjustments_state, adjusts
 from edgellm.kernels.rows import WANTS_TOKEN
-from edgellm.kernels.sample import CHOSEN, SAMPLED, SAMPLING, chooses_on_device, sampling_state
+from edgellm.kernels.sample import CHOSEN, SAMPLED, chooses_on_device, sampling_state
 from edgellm.memory.plan import Shape
 from edgellm.model.spec import ModelSpec
 from edgellm.sampling import SamplingParams
 
-PIPELINE_DEPTH: Final = 2
 STEP_LIMIT_S: Final = 30.0
 """No step takes a hundredth of it."""
 _NAP_S: Final = 50e-6
 _LONGEST_NAP_S: Final = 1e-3
 _NAP_SHARE: Final = 0.1
 """Between two looks at a step: a tenth of what it was waited for, so that it is not noticed late by more."""
-
-
-@dataclass(slots=True)
-class _Open:
-    """A step on its way.
-
-    Attributes:
-        wanted: rows that want something, in the step's order.
-        by_host: for each of them, whether the host samples it.
-        at: for each of them, where in the buffers its result or logits come to lie.
-        event: when everything is back.
-    """
-
-    ticket: Ticket
-    buffers: StepBuffers
-    wanted: list[Row]
-    by_host: list[bool]
-    at: list[int]
-    mask: NDArray[np.uint32] | None
-    event: Any
-    started: float
-    result: Result | None = None
-
-
-@dataclass(slots=True)
-class _Slot:
-    """What the host knows of a slot.
-
-    Attributes:
-        index: of the next token to be sampled.
-        on_device: whether the device can sample for its request.
-        token: sampled last, if the host did it; None: the device knows.
-        adjusted: whether the device changes its logits first. What it counts, it counts alone: once the host
-            has sampled for such a request, it does so to the end.
-        behind: whether the device's count of sampled tokens lacks some that the host has sampled.
-        held: tokens in the cache.
-    """
-
-    index: int = 0
-    on_device: bool = True
-    token: int | None = None
-    adjusted: bool = False
-    behind: bool = False
-    held: int = 0
-
-
-class HostMemory:
-    """Page-locked memory of an executor.
-
-    Attributes:
-        ring: buffers of each step in flight, and the event that says that it is back.
-        sampling: SAMPLING [max_batch_size], as sent last.
-        adjustments: likewise, what requests want changed of their logits.
-    """
-
-    def __init__(self, driver: Driver, spec: ModelSpec, shape: Shape, *, longest: int) -> None:
-        sizes, slots = (shape, spec.vocab_size, longest), (shape.max_batch_size,)
-        adjustments = AdjustmentsShape(spec.vocab_size, HISTORY)
-        self._driver = driver
-        self._pinned = Pinned(
-            driver,
-            PIPELINE_DEPTH * StepBuffers.size(*sizes)
-            + pinned_size(slots, SAMPLING)
-            + pinned_size(slots, adjustments.dtype),
-        )
-        self.ring = [(StepBuffers(self._pinned, *sizes), driver.event()) for _ in range(PIPELINE_DEPTH)]
-        self.sampling: NDArray[Any] = self._pinned.take(slots, SAMPLING)
-        self.adjustments: NDArray[Any] = self._pinned.take(slots, adjustments.dtype)
-
-    @property
-    def bytes(self) -> int:
-        """In all."""
-        return self._pinned.bytes
-
-    def close(self) -> None:
-        """Give it back; idempotent."""
-        for _, event in self.ring:
-            self._driver.call("cuEventDestroy", event)
-        self.ring.clear()
-        self._pinned.close()
-
-
-@dataclass(slots=True)
-class DeviceState:
-    """What `load` made.
-
-    Attributes:
-        memory: with at least the buffers `rows`, `chunk`, `sampling`, `adjustments` and `results`.
-    """
-
-    driver: Driver
-    stream: Any
-    memory: DeviceMemory
-    host: HostMemory
 
 
 class DeviceExecutor(abc.ABC):
@@ -173,8 +77,8 @@ class DeviceExecutor(abc.ABC):
         self._step_limit_s = step_limit_s
         self._open_driver = open_driver
         self._sampler = Sampler(info.max_batch_size, spec.vocab_size, max_seq_len=info.max_seq_len)
-        self._slots = [_Slot() for _ in range(info.max_batch_size)]
-        self._open: collections.deque[_Open] = collections.deque()
+        self._slots = [SlotState() for _ in range(info.max_batch_size)]
+        self._open: collections.deque[OpenStep] = collections.deque()
         self._next_ticket = 0
         self._thread = 0
         self._loaded: DeviceState | None = None
@@ -253,7 +157,9 @@ class DeviceExecutor(abc.ABC):
                 own.behind = own.behind or row.slot in host
                 own.on_device = own.on_device and not (own.adjusted and row.slot in host)
         at = [places[row.slot] for row in wanted]
-        self._open.append(_Open(self._next_ticket, buffers, wanted, by_host, at, step.mask, event, started))
+        self._open.append(
+            OpenStep(self._next_ticket, buffers, wanted, by_host, at, step.mask, event, started)
+        )
         return self._next_ticket
 
     def collect(self, ticket: Ticket) -> Result:
@@ -421,7 +327,7 @@ class DeviceExecutor(abc.ABC):
             for row, is_host in zip(flight.wanted, flight.by_host, strict=True)
         )
 
-    def _resolve(self, flight: _Open) -> None:
+    def _resolve(self, flight: OpenStep) -> None:
         """Wait for a step and make its result."""
         if flight.result is not None:
             return
@@ -453,7 +359,7 @@ class DeviceExecutor(abc.ABC):
         flight.result = self._result(flight, token, hosted, sampled)
 
     def _result(
-        self, flight: _Open, token: NDArray[np.int32], hosted: list[int], sampled: Sampled | None
+        self, flight: OpenStep, token: NDArray[np.int32], hosted: list[int], sampled: Sampled | None
     ) -> Result:
         count = len(flight.wanted)
         width = 0 if sampled is None else sampled.top_ids.shape[1]
@@ -472,7 +378,7 @@ class DeviceExecutor(abc.ABC):
                     logits[number] = flight.buffers.logits[flight.at[number]]
         return Result(token, logprob, top_ids, top_logprobs, logits)
 
-    def _wait(self, flight: _Open) -> None:
+    def _wait(self, flight: OpenStep) -> None:
         """Sleep until the step is back, without keeping a core busy.
 
         Raises:

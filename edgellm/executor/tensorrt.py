@@ -22,13 +22,8 @@ from edgellm.executor.cuda_kernels import load_cubins
 from edgellm.executor.cuda_memory import DeviceMemory
 from edgellm.executor.cuda_programs import MOST_ROWS
 from edgellm.executor.cuda_steps import Piece
-from edgellm.executor.device import (
-    PIPELINE_DEPTH,
-    STEP_LIMIT_S,
-    DeviceExecutor,
-    DeviceState,
-    HostMemory,
-)
+from edgellm.executor.device import STEP_LIMIT_S, DeviceExecutor
+from edgellm.executor.device_state import PIPELINE_DEPTH, DeviceState, HostMemory
 from edgellm.executor.tensorrt_buffers import HALF, cache_bytes, lasting_buffers, longest_chunk
 from edgellm.executor.tensorrt_launches import before_chunk, before_rows, behind, kernels_around
 from edgellm.executor.tensorrt_rows import DeviceRows

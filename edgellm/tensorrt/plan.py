@@ -100,7 +100,7 @@ def build_plan(
     cache = open_timing_cache(api, config, timing_cache)
     data = builder.build_serialized_network(network, config)
     if data is None:
-        raise BuildError(f"{api.name} {api.version} does not build this network: {_reason(log)}")
+        raise BuildError(f"{api.name} {api.version} does not build this network: {reason_of(log)}")
     weight_bytes = log.weight_bytes or 0
     warnings = list(log.warnings)
     if weight_bytes > DUPLICATED * net.weight_bytes + PADDING:
@@ -223,7 +223,8 @@ def _monitor(trt: Any, progress: Progress) -> Any:
     return Monitor()
 
 
-def _reason(log: BuildLog) -> str:
+def reason_of(log: BuildLog) -> str:
+    """Why a build failed, and what helps, as far as TensorRT's messages are known."""
     text = " ".join(log.errors) or "it gives no reason"
     if "workspace" in text:
         return f"no kernel gets by with what --builder-memory allows; allow more ({text[:300]})"

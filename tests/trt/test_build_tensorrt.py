@@ -16,7 +16,8 @@ from trt_models import trt_api
 
 from edgellm.cli import main
 from edgellm.enginedir import open_engine, verify_engine
-from edgellm.errors import BuildError, EngineError, TensorRtMissing, UsageError
+from edgellm.errors import BuildError, DeviceError, EngineError, TensorRtMissing, UsageError
+from edgellm.executor import cuda_kernels
 from edgellm.tensorrt.engine_files import LAYERS_FILE, PLAN_FILE, plan_record
 from edgellm.tensorrt.plan import open_timing_cache
 
@@ -48,6 +49,7 @@ def test_the_engine_says_what_it_is_for_and_what_it_takes(engine: Path) -> None:
     assert (record.version, record.targets) == (trt_api().version, (86, 89))
     assert 0 < record.emitted_bytes <= 1.05 * record.weight_bytes < ours.files[PLAN_FILE].bytes
     assert record.prefill_bytes > 0 < record.decode_bytes
+    assert all(any(name.startswith(f"kernels/sm_{sm}/") for name in ours.files) for sm in record.targets)
     assert directory.build.opt_num_tokens == directory.build.max_num_tokens == 16
 
 
@@ -83,6 +85,7 @@ def test_the_memory_plan_takes_what_the_plan_recorded(
     assert plans[0]["on_device"] >= record.weight_bytes + context
 
 
+@pytest.mark.tensorrt
 def test_an_engine_without_its_plan_is_refused(engine: Path) -> None:
     directory = open_engine(engine)
     config = directory.config
@@ -123,6 +126,19 @@ def test_only_tensorrt_has_a_builder(
 ) -> None:
     assert main(["build", str(tiny), "-o", str(tmp_path / "e"), flag, "1GiB"]) == UsageError.exit_code
     assert f"{flag}: only --executor tensorrt" in capsys.readouterr().err
+
+
+@pytest.mark.tensorrt
+def test_without_a_compiler_the_kernels_around_the_plan_wait_for_the_first_start(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unavailable() -> None:
+        raise DeviceError("no NVRTC")
+
+    monkeypatch.setattr(cuda_kernels, "Compiler", unavailable)
+    assert main(["build", str(tiny), "-o", str(tmp_path / "e"), *TENSORRT, "--sm", "86", *SIZES]) == 0
+    assert "compiled at the first start (no NVRTC)" in capsys.readouterr().err
+    assert not (tmp_path / "e" / "kernels").exists()
 
 
 MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")

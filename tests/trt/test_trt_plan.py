@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 from tiny_llama import TINY, TinyLlama
 from trt_models import trt_api
 
 from edgellm.checkpoint import open_checkpoint
-from edgellm.checkpoint.random import RandomCheckpoint
+from edgellm.checkpoint.random import MODELS, RandomCheckpoint
 from edgellm.enginedir import BuildConfig
 from edgellm.errors import BuildError
 from edgellm.model.spec import ModelSpec
-from edgellm.tensorrt.build_log import constants_by_type
-from edgellm.tensorrt.plan import build_plan
+from edgellm.tensorrt.build_log import BuildLog, constants_by_type
+from edgellm.tensorrt.plan import build_plan, reason_of
 
 pytestmark = pytest.mark.tensorrt
 
@@ -91,6 +92,33 @@ def test_a_cache_beyond_what_kernels_index_is_refused_with_what_would_do() -> No
     build = _config(max_seq_len=1 << 18, max_input_len=1000, max_batch_size=8)
     with pytest.raises(BuildError, match=r"--max-seq-len 262143 or --max-batch-size 7 would do"):
         build_plan(RandomCheckpoint(spec, name="wide", quant="int4"), trt_api(), build, progress=_nothing)
+
+
+def test_rows_of_caches_are_aligned() -> None:
+    spec = RandomCheckpoint(MODELS["qwen2.5-0.5b"], name="odd", quant="int4")
+    with pytest.raises(BuildError, match=r"--max-seq-len 33: .*256 bytes; 48 would do"):
+        narrow = structs.replace(spec.spec, num_key_value_heads=1, num_attention_heads=7)
+        odd = _config(max_seq_len=33, max_input_len=32)
+        build_plan(replace(spec, spec=narrow), trt_api(), odd, targets=[86], progress=_nothing)
+
+
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [
+        ("[defaultAllocator.cpp::allocate] Cuda failure: out of memory", "memory ran out"),
+        ("Requested amount of GPU memory could not be allocated: OutOfMemory", "memory ran out"),
+        (
+            "no tactics to implement the operation within workspace limit",
+            "--builder-memory allows; allow more",
+        ),
+        ("Cannot compile HW-specific datatypes: int4", "compute capability 8.0"),
+        ("something that nobody has seen", "something that nobody has seen"),
+    ],
+)
+def test_known_failures_say_what_helps(message: str, says: str) -> None:
+    log = BuildLog()
+    log.add("ERROR", message)
+    assert says in reason_of(log)
 
 
 def test_chunks_are_never_longer_than_a_cache(tmp_path: Path) -> None:
