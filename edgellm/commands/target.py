@@ -1,4 +1,4 @@
-"""What `edgellm build` builds for: executor, precision, caches, devices, and what TensorRT may take for it."""
+"""What `edgellm build` builds for: executor, precision, caches, devices, what TensorRT may take for it."""
 
 from __future__ import annotations
 
