@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 _WEIGHTS: Final = re.compile(r"Total Weights Memory: (\d+) bytes")
 _ACTIVATIONS: Final = re.compile(r"Total Activation Memory: (\d+) bytes")
@@ -102,7 +102,15 @@ def constants_by_type(layers: list[FusedLayer]) -> Counter[str]:
     return elements
 
 
-def make_logger(trt: Any, log: BuildLog) -> Any:
+class Log(Protocol):
+    """What takes messages in."""
+
+    def add(self, severity: str, message: str) -> None:
+        """Take a message in; `severity` is TensorRT's name for it."""
+        ...
+
+
+def make_logger(trt: Any, log: Log) -> Any:
     """An ILogger of the library that writes into `log`."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]

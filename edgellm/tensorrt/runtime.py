@@ -7,6 +7,8 @@ share it: they run on one stream, one after the other.
 
 from __future__ import annotations
 
+import collections
+import logging
 import mmap
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,11 +18,32 @@ from edgellm.cuda.driver import Driver
 from edgellm.errors import DeviceLost, EngineError, ExecutorFault, OperatorError, TemporaryShortage
 from edgellm.memory.sizes import show_size
 from edgellm.tensorrt.api import Api
-from edgellm.tensorrt.build_log import BuildLog, make_logger
+from edgellm.tensorrt.build_log import make_logger
+
+log = logging.getLogger(__name__)
 
 PREFILL: Final = 0
 DECODE: Final = 1
 PROFILES: Final = (PREFILL, DECODE)
+
+
+class RuntimeLog:
+    """TensorRT's errors and warnings go to the journal; nothing is kept of a log that never ends but these.
+
+    Attributes:
+        errors: the last ones.
+    """
+
+    def __init__(self) -> None:
+        self.errors: collections.deque[str] = collections.deque(maxlen=8)
+
+    def add(self, severity: str, message: str) -> None:
+        """Take a message in."""
+        if severity in ("ERROR", "INTERNAL_ERROR"):
+            self.errors.append(message)
+            log.error("TensorRT: %s", message)
+        elif severity == "WARNING":
+            log.warning("TensorRT: %s", message)
 
 
 class Ledger:
@@ -121,7 +144,7 @@ class PlanRuntime:
         trt = api.module
         self._api = api
         self._stream = int(stream)
-        self._log, self._faults = BuildLog(), Faults()
+        self._log, self._faults = RuntimeLog(), Faults()
         self.ledger = Ledger(driver)
         # The runtime uses these as long as it lives, and does not keep them.
         self._callbacks = (
@@ -220,7 +243,7 @@ class PlanRuntime:
         if engine is None:
             if self.ledger.refused is not None:
                 raise self._faults.error(f"loading {path}", self.ledger)
-            reasons = [description for _, description in self._faults.seen] or self._log.errors
+            reasons = [description for _, description in self._faults.seen] or list(self._log.errors)
             raise EngineError(
                 f"{self._api.name} {self._api.version} does not load {path}: "
                 f"{' '.join(reasons)[:500] or 'it gives no reason'}. Build the engine again here: edgellm "

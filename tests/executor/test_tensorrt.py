@@ -37,6 +37,7 @@ from edgellm.memory.footprints import footprint_of
 from edgellm.memory.plan import Shape, make_plan
 from edgellm.sampling import SamplingParams
 from edgellm.server_config import ServerConfig
+from edgellm.tensorrt.runtime import RuntimeLog
 
 SPEC = structs.replace(NETWORKS["llama"], num_key_value_heads=3)
 BUILD = BuildConfig(
@@ -354,6 +355,19 @@ def test_memory_asked_for_after_ready_is_refused(executor: TensorRtExecutor, lib
     with pytest.raises(ExecutorFault, match=r"asked for 1\.0 MiB after READY"):
         run(executor, [Step([row(0, 0, [1, 2])])])
     assert library.device.live == before
+
+
+def test_what_tensorrt_says_is_passed_on_and_not_kept(caplog: pytest.LogCaptureFixture) -> None:
+    said = RuntimeLog()
+    for number in range(1000):
+        said.add("VERBOSE", f"a run {number}")
+        said.add("ERROR", f"bad {number}")
+    said.add("WARNING", "the driver is old")
+    assert len(said.errors) == 8
+    assert vars(said).keys() == {"errors"}
+    assert [record.levelname for record in caplog.records].count("ERROR") == 1000
+    assert caplog.records[-1].getMessage() == "TensorRT: the driver is old"
+    assert "a run" not in caplog.text
 
 
 @pytest.mark.parametrize(
