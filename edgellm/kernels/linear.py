@@ -37,11 +37,12 @@ ZERO_NAMES: Final[dict[Zero, str]] = {
 _WARPS: Final = (16, 8, 4)
 _LINE: Final = 20
 _SHARED_GOAL: Final = 190 << 10
-"""Of a block: the rest of an SM is cache."""
-_RING_GOAL: Final = 64 << 10
+_SHARED_GOAL_EARLY: Final = 152 << 10
+"""Of a block; the second where the next kernel starts before this one has ended."""
+_RING_GOAL: Final = 53 << 10
 """Of weights under way in an SM, where there is room: latency × bandwidth, and what arrives meanwhile."""
 _EARLY_BYTES: Final = 105 << 10
-"""Of weights asked for before x, which waits behind them."""
+"""Of weights asked for before x, which waits behind them: one stage only where x is many rows of float32."""
 _X_GOAL: Final = 72 << 10
 """Of x in a block: beyond it the columns are parted among blocks."""
 _STAGES_LEAST: Final = 2
@@ -215,7 +216,7 @@ def _partings(shape: PackedShape, rows: int, device: Device) -> list[tuple[int, 
     clusters = device.has_dependent_launch
     ways: list[tuple[int, Join, int]] = [(1, "whole", 1)]
     if clusters:
-        ways += [(1, "shared_x", shared) for shared in (2, 4) if rows >= 2 * shared]
+        ways += [(1, "shared_x", 2)] if rows >= 4 else []
     for count in slabs[1:]:
         if clusters and count <= _CLUSTER_MOST:
             ways.append((count, "cluster", 1))
@@ -250,11 +251,14 @@ def _fitted(shape: PackedShape, rows: int, device: Device, normed: bool, way: _W
     )
     fixed = shared_bytes(shape, rows, cut, normed=normed)
     unit = way.warps * way.abreast * shape.panel_bytes
-    room = min(max(_SHARED_GOAL, fixed + _RING_GOAL), device.shared_per_block) - fixed
+    goal = _SHARED_GOAL_EARLY if device.has_dependent_launch else _SHARED_GOAL
+    # A cluster's block has many columns of few row blocks: all that is left for its ring.
+    least = 6 * unit if way.join == "cluster" else 0
+    room = min(max(goal, fixed + _RING_GOAL, fixed + least), device.shared_per_block) - fixed
     stages = min(room // unit, _STAGES_MOST)
     if stages < _STAGES_LEAST:
         return None
-    early = max(1, min(stages - 1, _EARLY_BYTES // unit))
+    early = 1 if normed and rows >= 4 else max(1, min(stages - 1, _EARLY_BYTES // unit))
     return replace(cut, stages=stages, early=early)
 
 
@@ -275,8 +279,12 @@ def _cost(shape: PackedShape, rows: int, device: Device, cut: Tuning, *, normed:
     }[cut.join]
     waves = -(-cut.blocks * cut.slabs // device.multiprocessors)
     time = waves * (rounds * (busy + 8.0 / cut.abreast) + x + wait)
-    # Of equals, the one with more warps along the columns: its row blocks end one by one.
-    return time * (1 + 0.01 * (16 // cut.warps_k).bit_length())
+    side_by_side = cut.warps // cut.warps_k
+    if not device.has_dependent_launch:
+        return time * (1 + 0.01 * side_by_side.bit_length())
+    # With many row blocks side by side blocks end at different times, and the next kernel waits for the last.
+    uneven = {1: 1.0, 2: 1.0, 4: 1.08}.get(side_by_side, 1.25)
+    return time * uneven * (1.0 if cut.stages > 2 or cut.abreast > 1 else 1.15)
 
 
 def row_blocks_of(shape: PackedShape, cut: Tuning, block: int, warp: int) -> list[int]:
