@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,14 @@ import pytest
 
 TENSORRT_REQUIRED = "EDGELLM_TEST_TENSORRT"
 """Set where TensorRT must be there: its tests then fail rather than stay out."""
+
+
+def pytest_configure() -> None:
+    """Ctrl-C must reach what the tests start, also where a shell runs them in the background: it then ignores
+    SIGINT, children inherit that, and who waits for Ctrl-C waits for ever.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
