@@ -113,6 +113,7 @@ class Watch:
         elapsed: seconds between the last two sweeps, at most LONGEST_GAP_S; 0 when there was no new one.
         seen: governing zones, as last known.
         smooth, change: the hottest margin filtered, °C, and what the last sweep changed of it.
+        rise: °C that the last sweep expects the hottest margin to rise within look_ahead_s, at least 0.
         heat, memory: what these ask for, with hysteresis.
         risen_from: (clock, hottest margin) that `escalate_s` compares with.
         counters: over-current counters as last known.
@@ -124,6 +125,7 @@ class Watch:
     seen: tuple[Seen, ...] = ()
     smooth: float | None = None
     change: float = 0.0
+    rise: float = 0.0
     heat: State = State.NORMAL
     memory: State = State.NORMAL
     pressure: State = State.NORMAL
@@ -176,7 +178,7 @@ def _watch_heat(config: GovernorConfig, before: Watch, readings: Readings | None
     after = replace(before, seen=tuple(seen.values()))
     hottest = after.hottest
     if hottest is None:
-        return replace(after, smooth=None, heat=State.NORMAL, risen_from=None)
+        return replace(after, smooth=None, rise=0.0, heat=State.NORMAL, risen_from=None)
     margin = hottest.margin
     if before.smooth is None:
         after = replace(after, smooth=margin)
@@ -184,9 +186,10 @@ def _watch_heat(config: GovernorConfig, before: Watch, readings: Readings | None
         share = 1.0 - math.exp(-before.elapsed / config.smooth_s) if config.smooth_s > 0 else 1.0
         change = share * (margin - before.smooth)
         after = replace(after, smooth=before.smooth + change, change=change)
-    slope = after.change / before.elapsed if before.elapsed > 0 else 0.0
-    ahead = margin + max(0.0, slope) * config.look_ahead_s
-    heat = _heat_state(config, before.heat, margin, ahead)
+    if before.elapsed > 0:
+        # Kept until the next sweep: asking again in between must not take a rise for over.
+        after = replace(after, rise=max(0.0, after.change / before.elapsed) * config.look_ahead_s)
+    heat = _heat_state(config, before.heat, margin, margin + after.rise)
     return _escalated(config, replace(after, heat=heat), margin, now)
 
 

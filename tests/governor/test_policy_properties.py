@@ -207,3 +207,20 @@ def test_everything_recovers_once_the_board_is_well(
         board.batch,
         board.limits.duty,
     )
+
+
+def test_asking_again_does_not_take_a_rise_for_over() -> None:
+    board, state = Settings(slots=1), PolicyState()
+
+    def sweep(at: float, celsius: float) -> Readings:
+        return Readings(
+            at=at,
+            zones=(Zone("cpu-thermal", celsius, 99.0, 104.5),),
+            memory=Memory(available=4096 * MEBIBYTE),
+        )
+
+    state, _ = step(board, state, sweep(1.0, 20.0), 1.0)
+    state, hotter = step(board, state, sweep(1.1, 60.0), 1.1)
+    assert hotter.state is State.THROTTLED  # far from its trip, but it will not be for long
+    _, again = step(board, state, sweep(1.1, 60.0), 1.1)
+    assert again == hotter
