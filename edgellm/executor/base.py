@@ -178,3 +178,24 @@ class Executor(Protocol):
     def close(self) -> None:
         """Give everything back; idempotent."""
         ...
+
+
+def check_step(step: Step, info: ExecutorInfo, held: Callable[[int], int]) -> None:
+    """Assert that a step keeps to the contract, as the scheduler does; no client's word gets here unchecked.
+
+    Args:
+        held: slot → tokens that it holds.
+    """
+    assert step.rows, "a step without rows"
+    assert len({row.slot for row in step.rows}) == len(step.rows), "a slot appears twice in a step"
+    total = sum(len(row.tokens) for row in step.rows)
+    assert total <= info.max_num_tokens, f"{total} tokens in a step; max_num_tokens is {info.max_num_tokens}"
+    for row in step.rows:
+        assert 0 <= row.slot < info.max_batch_size, f"slot {row.slot} of {info.max_batch_size}"
+        there = held(row.slot)
+        assert 0 <= row.past <= there, f"slot {row.slot} holds {there} tokens, not {row.past}"
+        count = len(row.tokens)
+        assert 0 < count <= info.max_seq_len - row.past, f"slot {row.slot} cannot take {count} more tokens"
+        if not isinstance(row.tokens, Feedback):
+            low, high = int(row.tokens.min()), int(row.tokens.max())
+            assert low >= 0 and high < info.vocab_size, f"slot {row.slot} is fed ids {low} … {high}"

@@ -31,6 +31,7 @@ from edgellm.executor.base import (
     Step,
     Ticket,
     Want,
+    check_step,
 )
 from edgellm.executor.file_pages import drop_mapped_pages
 from edgellm.executor.huge_pages import use_huge_pages
@@ -153,7 +154,7 @@ class CpuExecutor:
     def submit(self, step: Step) -> Ticket:
         """Run the step, now: there is no device that could work meanwhile."""
         assert self._open is None, "a step is open already"
-        self._check(step)
+        check_step(step, self._info, self._kv.held)
         computed = self._decode([row for row in step.rows if len(row.tokens) == 1])
         for row in step.rows:
             if not isinstance(row.tokens, Feedback) and len(row.tokens) > 1:
@@ -231,27 +232,6 @@ class CpuExecutor:
                 if row.want is Want.LOGITS:
                     shown[i] = logits[i]
         return Result(sampled.token, sampled.logprob, sampled.top_ids, sampled.top_logprobs, shown)
-
-    def _check(self, step: Step) -> None:
-        """The scheduler keeps to these; what a client sends never gets here unchecked."""
-        info = self._info
-        assert step.rows, "a step without rows"
-        assert len({row.slot for row in step.rows}) == len(step.rows), "a slot appears twice in a step"
-        total = sum(len(row.tokens) for row in step.rows)
-        assert total <= info.max_num_tokens, (
-            f"{total} tokens in a step; max_num_tokens is {info.max_num_tokens}"
-        )
-        for row in step.rows:
-            assert 0 <= row.slot < info.max_batch_size, f"slot {row.slot} of {info.max_batch_size}"
-            held = self._kv.held(row.slot)
-            assert 0 <= row.past <= held, f"slot {row.slot} holds {held} tokens, not {row.past}"
-            count = len(row.tokens)
-            assert 0 < count <= info.max_seq_len - row.past, (
-                f"slot {row.slot} cannot take {count} more tokens"
-            )
-            if not isinstance(row.tokens, Feedback):
-                low, high = int(row.tokens.min()), int(row.tokens.max())
-                assert low >= 0 and high < info.vocab_size, f"slot {row.slot} is fed ids {low} … {high}"
 
     def _run(self, first: int, batch: int) -> _Run:
         """The run over rows first … first + batch − 1, made when first needed."""

@@ -32,6 +32,7 @@ from edgellm.executor.base import (
     Step,
     Ticket,
     Want,
+    check_step,
 )
 from edgellm.executor.cuda_programs import HISTORY, MOST_ROWS
 from edgellm.executor.cuda_steps import NOBODY, SAMPLED_LAST, Piece, StepBuffers, pieces_of
@@ -114,7 +115,7 @@ class DeviceExecutor(abc.ABC):
         state = self._device_state
         self._attach()
         assert len(self._open) < PIPELINE_DEPTH, "too many steps are open"
-        self._check(step)
+        check_step(step, self._info, lambda slot: self._slots[slot].held)
         singles = self._arrange([row for row in step.rows if len(row.tokens) == 1])
         prompts = [row for row in step.rows if len(row.tokens) > 1]
         for row in singles:
@@ -390,24 +391,3 @@ class DeviceExecutor(abc.ABC):
             if now - flight.started > self._step_limit_s:
                 raise DeviceLost(f"a step has not ended after {self._step_limit_s:.0f} s; the device hangs")
             time.sleep(min(max(_NAP_S, (now - begun) * _NAP_SHARE), _LONGEST_NAP_S))
-
-    def _check(self, step: Step) -> None:
-        """The scheduler keeps to these; what a client sends never gets here unchecked."""
-        info = self._info
-        assert step.rows, "a step without rows"
-        assert len({row.slot for row in step.rows}) == len(step.rows), "a slot appears twice in a step"
-        total = sum(len(row.tokens) for row in step.rows)
-        assert total <= info.max_num_tokens, (
-            f"{total} tokens in a step; max_num_tokens is {info.max_num_tokens}"
-        )
-        for row in step.rows:
-            assert 0 <= row.slot < info.max_batch_size, f"slot {row.slot} of {info.max_batch_size}"
-            held = self._slots[row.slot].held
-            assert 0 <= row.past <= held, f"slot {row.slot} holds {held} tokens, not {row.past}"
-            count = len(row.tokens)
-            assert 0 < count <= info.max_seq_len - row.past, (
-                f"slot {row.slot} cannot take {count} more tokens"
-            )
-            if not isinstance(row.tokens, Feedback):
-                low, high = int(row.tokens.min()), int(row.tokens.max())
-                assert low >= 0 and high < info.vocab_size, f"slot {row.slot} is fed ids {low} … {high}"
