@@ -1,9 +1,10 @@
 # `make demo`: set up and do the main job. `make test`: the tests. `make check`: what a commit must pass.
+# `make fuzz`: the property tests with new random examples, which must be turned into tests where they find something.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check lint types setup clean
+.PHONY: demo test fuzz check lint types setup clean
 
 setup: $(VENV)/.installed
 
@@ -17,6 +18,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+fuzz: setup
+	$(BIN)/python -m pytest --hypothesis-profile=fuzz -p no:cacheprovider $$(grep -lr "from hypothesis" tests)
 
 lint: setup
 	$(BIN)/ruff format --check .

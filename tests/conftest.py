@@ -8,9 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 TENSORRT_REQUIRED = "EDGELLM_TEST_TENSORRT"
 """Set where TensorRT must be there: its tests then fail rather than stay out."""
+
+
+settings.register_profile("gate", derandomize=True)
+settings.register_profile("fuzz", derandomize=False)
+settings.load_profile("gate")
+"""A commit is judged by the same examples each time; `make fuzz` looks for new ones."""
 
 
 def pytest_configure() -> None:

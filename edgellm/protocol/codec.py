@@ -71,8 +71,8 @@ def peek_id(payload: bytes | memoryview) -> str | int | None:
 def _lenient(payload: bytes | memoryview) -> dict[Any, Any]:
     try:
         fields = msgspec.msgpack.decode(payload)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError):
-        return {}
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError, TypeError):
+        return {}  # TypeError: of a map whose keys cannot be hashed, which the typed decoder refused sooner
     return fields if isinstance(fields, dict) else {}
 
 

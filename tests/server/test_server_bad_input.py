@@ -12,7 +12,7 @@ import msgpack
 import pytest
 import zmq
 from fake_engine import MAX_SEQ_LEN, VOCAB_SIZE, ByteTokenizer, FakeEngine, Peer, Service, echo
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edgellm.protocol import OPS
@@ -259,6 +259,7 @@ def test_a_message_with_an_id_is_answered_once_whatever_else_it_holds(
 
 
 @given(payload=st.binary(max_size=300), delimited=st.booleans())
+@example(payload=b"\x81\xd4\x00\x00\x00", delimited=False)  # a map whose key, an extension, cannot be hashed
 @settings(max_examples=150, deadline=None)
 def test_random_bytes_are_answered_once(peer: Peer, payload: bytes, delimited: bool) -> None:
     peer.socket.send_multipart([b"", payload] if delimited else [payload])
