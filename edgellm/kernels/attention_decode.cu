@@ -12,19 +12,6 @@
 
 constexpr int TILE = 16;  // tokens
 
-// A cluster's blocks: what was written before the arrival is seen after the wait.
-DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
-DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
-
-// To the same place of the cluster's first block.
-DEVICE void store_to_first(float4* place, float4 v) {
-  u32 address;
-  asm("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(address) : "r"(shared_address(place)));
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z),
-               "f"(v.w)
-               : "memory");
-}
-
 // D: head size. QUERIES: query heads of a KV head. CLUSTER: blocks of one, 1 where there are none.
 template <int D, int QUERIES, int KV_HEADS, bool INT8, bool NORM, int WARPS, int STAGES, int CLUSTER>
 DEVICE void attend(int row_count, int max_seq, const Row* __restrict__ rows, const u16* qkv,
@@ -40,7 +27,7 @@ DEVICE void attend(int row_count, int max_seq, const Row* __restrict__ rows, con
   constexpr int ITEMS = (QUERIES + 2 + WARPS - 1) / WARPS;
   static_assert(D % 16 == 0 && D <= 128);
 
-  extern __shared__ __align__(16) u8 ring[];
+  DYNAMIC_SHARED(ring);
   __shared__ __align__(16) u16 query[QUERIES][D + 8];
   __shared__ __align__(16) u8 fresh[2][Cache::BYTES];  // the new token's key and value, as the cache holds them
   __shared__ u16 fresh_scale[2];
@@ -364,8 +351,10 @@ DEVICE void attend(int row_count, int max_seq, const Row* __restrict__ rows, con
       }
       if constexpr (CLUSTER > 1) {
         float4* const place = gathered + blockIdx.x * GATHERED;
-        store_to_first(place + unit, v);
-        if (d == 0) store_to_first(place + QUERIES * D / 4 + which, make_float4(m, total_sum, 0.f, 0.f));
+        store_cluster(cluster_address(shared_address(place + unit), 0), v);
+        if (d == 0)
+          store_cluster(cluster_address(shared_address(place + QUERIES * D / 4 + which), 0),
+                        make_float4(m, total_sum, 0.f, 0.f));
       } else if (whole) {
         finish(unit, v, total_sum);
       } else {

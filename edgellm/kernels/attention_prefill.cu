@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(WARPS * 32)
   constexpr int STEPS = D / 16, TILES = KEYS / 8, HEADS = KV_HEADS * QUERIES, WIDTH = (HEADS + 2 * KV_HEADS) * D;
   constexpr int MATRIX = KEYS * Cache::STRIDE, SCALES = INT8 ? 2 * KEYS * 2 : 0, STAGE = 2 * MATRIX + SCALES;
   constexpr int ROWS = 16 * WARPS, THREADS = WARPS * 32;
-  extern __shared__ __align__(16) u8 ring[];
+  DYNAMIC_SHARED(ring);
 
   launch_dependents();
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;

@@ -57,7 +57,7 @@ DEVICE void gemm_tile(const Rows& rows, const u8* __restrict__ weights, const u1
   using S = Stage<BITS, GROUP, ZERO, ROW_BLOCKS, TOKENS>;
   constexpr int THREADS = WARPS_R * WARPS_T * 32, PANELS = K / P::COLUMNS, ALL_STEPS = K / STEP;
   constexpr int RB = ROW_BLOCKS / WARPS_R, TILES = TOKENS / WARPS_T / 8;
-  extern __shared__ __align__(16) u8 shared[];
+  DYNAMIC_SHARED(shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
   const int warp_r = warp % WARPS_R, warp_t = warp / WARPS_R;
   const int row_block0 = blockIdx.y * ROW_BLOCKS;

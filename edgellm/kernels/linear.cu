@@ -33,61 +33,6 @@ template <int BITS, int GROUP, int ZERO, int K, int SLABS, int ROWS, int WARPS, 
   static constexpr int PARTS = GAIN + (NORM ? SLAB * 4 : 0);
 };
 
-// A value that is kept in a register: what is cheap to compute once the compiler would rather compute each time.
-DEVICE void kept(u32& v) { asm volatile("" : "+r"(v)); }
-
-DEVICE void copy_async_at(u32 shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
-}
-
-// A value at the same place in another block's shared memory.
-DEVICE float load_cluster(const float* here, u32 rank) {
-  float v = 0.f;
-#if __CUDA_ARCH__ >= 900
-  u32 there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(here)), "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(there) : "memory");
-#endif
-  return v;
-}
-
-// A value to the same place in another block's shared memory.
-DEVICE void store_cluster(u32 here, u32 rank, uint4 v) {
-#if __CUDA_ARCH__ >= 900
-  u32 there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
-  asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(there), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-               : "memory");
-#endif
-}
-
-DEVICE void store_cluster(u32 here, u32 rank, float v) {
-#if __CUDA_ARCH__ >= 900
-  u32 there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(v) : "memory");
-#endif
-}
-
-// The two halves of a barrier that only says that a block has started.
-DEVICE void cluster_arrive() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-#endif
-}
-
-DEVICE void cluster_wait() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
-DEVICE void cluster_barrier() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
 // Eight neighbouring values of x as they lie in memory.
 template <bool NORM> struct Eight;
 
@@ -166,7 +111,7 @@ DEVICE void load_x(const void* x, const float* gain, const float* squares, float
           if constexpr (SHARED > 1) {
 #pragma unroll
             for (int rank = 0; rank < SHARED; rank++)
-              store_cluster(shared_address(xs + row * X_STRIDE + column), rank, packed);
+              store_cluster(cluster_address(shared_address(xs + row * X_STRIDE + column), rank), packed);
           } else {
             *(uint4*)(xs + row * X_STRIDE + column) = packed;
           }
@@ -181,7 +126,7 @@ DEVICE void load_x(const void* x, const float* gain, const float* squares, float
             if constexpr (SHARED > 1) {
 #pragma unroll
               for (int rank = 0; rank < SHARED; rank++)
-                store_cluster(shared_address(sums + column / GROUP * SUMS_STRIDE + row), rank, sum);
+                store_cluster(cluster_address(shared_address(sums + column / GROUP * SUMS_STRIDE + row), rank), sum);
             } else {
               sums[column / GROUP * SUMS_STRIDE + row] = sum;
             }
@@ -211,7 +156,7 @@ template <int ROWS, int SLABS> struct InCluster {  // of the cluster's blocks
   DEVICE float operator()(int sub, int n, int line) const {
     float v = 0.f;
 #pragma unroll
-    for (int i = 0; i < SLABS; i++) v += load_cluster(parts + (sub * ROWS + n) * ROW_BLOCK + line, i);
+    for (int i = 0; i < SLABS; i++) v += load_cluster(cluster_address(shared_address(parts + (sub * ROWS + n) * ROW_BLOCK + line), i));
     return v;
   }
 };
@@ -299,7 +244,7 @@ DEVICE void linear_body(const u8* __restrict__ weights, const void* x, const flo
   constexpr int THREADS = WARPS * 32, TILES = (ROWS + 7) / 8, SIDE_BY_SIDE = WARPS / WARPS_K * ABREAST;
   // Whether every warp has the same number of panels of a row block.
   constexpr bool EVEN = L::PANELS % (SLABS * WARPS_K) == 0;
-  extern __shared__ __align__(16) u8 shared[];
+  DYNAMIC_SHARED(shared);
   u16* const xs = (u16*)(shared + L::X);
   float* const sums = (float*)(shared + L::SUMS);
   float* const reduce = (float*)(shared + L::REDUCE);
@@ -347,7 +292,7 @@ DEVICE void linear_body(const u8* __restrict__ weights, const void* x, const flo
 #pragma unroll
           for (int at = 0; at < P::BYTES; at += 512)
             if (at + 512 <= P::BYTES || lane * 16 < P::BYTES - at)
-              copy_async_at(target + r * P::BYTES + at, source + r * ROW_BLOCK_BYTES + at);
+              stream_async(target + r * P::BYTES + at, source + r * ROW_BLOCK_BYTES + at);
         }
       source += P::BYTES;
       target += UNIT;
@@ -357,7 +302,7 @@ DEVICE void linear_body(const u8* __restrict__ weights, const void* x, const flo
     }
     copy_async_commit();
   };
-  if constexpr (SHARED > 1) cluster_arrive();
+  if constexpr (SHARED > 1) cluster_started();
   // The rest follows behind x, which would wait behind it.
 #pragma unroll 1
   for (int i = 0; i < EARLY; i++) issue();

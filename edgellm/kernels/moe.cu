@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1)
     route(const Row* __restrict__ rows_at, int rows, const float* scores, const u16* chosen, Group* groups,
           int* pair_rows, int* positions, float* shares) {
   static_assert(WARPS * 32 >= EXPERTS, "a thread for each expert");
-  extern __shared__ __align__(16) u8 shared[];
+  DYNAMIC_SHARED(shared);
   __shared__ int begins[EXPERTS];
   __shared__ int2 totals[WARPS];
   const int pairs = rows * TOP_K;
@@ -268,7 +268,7 @@ template <int WARPS_K> struct TeamSum {
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++)
       mine[tile * 32] = make_float4(acc[tile][0], acc[tile][1], acc[tile][2], acc[tile][3]);
-    asm volatile("bar.sync %0, %1;" ::"r"(1 + warp / WARPS_K), "n"(WARPS_K * 32) : "memory");
+    named_barrier<WARPS_K * 32>(1 + warp / WARPS_K);
     const bool first = warp % WARPS_K == 0;
     if (first) {
 #pragma unroll
@@ -295,7 +295,7 @@ __global__ void __launch_bounds__(WARPS * 32, MOST > 8 || WARPS > 8 ? 1 : 2)
   using P = Panel<BITS, GROUP, ZERO>;
   using L = Layout<BITS, GROUP, ZERO, K, MOST, WARPS, WARPS_K, STAGES>;
   constexpr int TEAMS = WARPS / WARPS_K;
-  extern __shared__ __align__(16) u8 shared[];
+  DYNAMIC_SHARED(shared);
   u16* const xs = (u16*)(shared + L::X);
   float* const sums = (float*)(shared + L::SUMS);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;

@@ -26,13 +26,6 @@ template <int BITS, int GROUP, int ZERO> struct Panel {
 
 DEVICE u32 permute_bytes(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
 
-// (a & b) | c in one instruction; two of the three may not be constants, so the compiler would take two.
-DEVICE u32 and_or(u32 a, u32 b, u32 c) {
-  u32 r;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
-  return r;
-}
-
 // Operand A of an mma from what a lane holds of it: one word of 4-bit, two of 8-bit, four of 16-bit numbers.
 DEVICE void operand_4(u32 w, u32 (&a)[4]) {
   const u32 w8 = w >> 8;
@@ -91,24 +84,6 @@ template <class P, int ZERO> DEVICE GroupValues group_values(const u8* panel, in
   } else {
     return {half2_to_float2(*(const u32*)at), make_float2(0.f, 0.f)};
   }
-}
-
-DEVICE u32 half2_multiply(u32 a, u32 b) {
-  u32 r;
-  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-  return r;
-}
-
-DEVICE u32 half2_add(u32 a, u32 b) {
-  u32 r;
-  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-  return r;
-}
-
-DEVICE u32 half2_multiply_add(u32 a, u32 b, u32 c) {
-  u32 r;
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
-  return r;
 }
 
 // An operand's numbers become weights: without their excess, exactly, then scaled, rounded once. `values` is where
