@@ -16,7 +16,7 @@ class SamplingParams:
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: in (0, 1]; keep the smallest set of most likely tokens whose probability reaches top_p.
         min_p: in [0, 1]; drop tokens less likely than min_p × the most likely one.
-        repetition_penalty: > 0; seen tokens' positive logits are divided by it, negative ones multiplied
+        repetition_penalty: 0.01…100; seen tokens' positive logits are divided by it, negative ones multiplied
             (prompt and generated tokens count as seen; Keskar et al. 2019, CTRL).
         presence_penalty: subtracted once from every token generated so far.
         frequency_penalty: subtracted once per occurrence among the generated tokens.

@@ -45,14 +45,17 @@ NONE: Final = 0
 CHOSEN: Final = 1
 NOT_FINITE: Final = 2
 FOR_HOST: Final = 3
+NOTHING_LEFT: Final = 4
 """A result's status: nobody's row, or none was wanted; a token; the logits have a NaN or +inf, or are −inf
-everywhere; the host has to choose. Only with CHOSEN does the slot's state change."""
+everywhere; the host has to choose; they are −inf everywhere because of what the request changed. Only with
+CHOSEN does the slot's state change."""
 
 _SOURCE: Final = "sample.cu"
 _SEGMENT: Final = 128
 _SUMMARY_BYTES: Final = 16
 _SUMMARISERS: Final = 256
 _CHOOSERS: Final = 512
+_MOST_TOP_K: Final = 2**31 - 1
 _MAX_INVERSE_TEMPERATURE: Final = 1e30
 """As the host's sampler has it."""
 
@@ -80,7 +83,9 @@ def sampling_state(params: SamplingParams, *, adjusting: bool = False) -> NDArra
         adjusting: see `chooses_on_device`.
     """
     state = np.zeros((), SAMPLING)
-    state["top_p"], state["min_p"], state["top_k"] = params.top_p, params.min_p, params.top_k
+    state["top_p"], state["min_p"] = params.top_p, params.min_p
+    # Any number of the wire's: as many as the vocabulary has, or more, keep all of it.
+    state["top_k"] = min(params.top_k, _MOST_TOP_K)
     if not params.greedy:
         state["inverse_temperature"] = min(1.0 / params.temperature, _MAX_INVERSE_TEMPERATURE)
     state["seed_low"], state["seed_high"] = params.seed & 0xFFFFFFFF, params.seed >> 32
