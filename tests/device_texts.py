@@ -7,7 +7,7 @@ from fake_device import logits_of
 from numpy.typing import NDArray
 from tiny_networks import NETWORKS
 
-from edgellm.executor.base import Executor, Feedback, Result, Row, Step, Ticket, Want
+from edgellm.executor.base import FEEDBACK, NO_TOKEN, Executor, Feedback, Result, Row, Step, Ticket, Want
 from edgellm.executor.sampler import Sampler
 from edgellm.sampling import SamplingParams
 
@@ -63,6 +63,21 @@ def run(executor: Executor, steps: list[Step]) -> list[Result]:
             results.append(executor.collect(tickets.pop(0)))
         tickets.append(executor.submit(step))
     return results + [executor.collect(ticket) for ticket in tickets]
+
+
+def check_a_row_without_a_choice(executor: Executor) -> None:
+    """A row that may choose nothing gets no token, which the step behind it feeds back; the others go on."""
+    expected = bind(executor, [GREEDY, RANDOM, BY_HOST])
+    mask = np.full((3, -(-VOCAB // 32)), 0xFFFFFFFF, np.uint32)
+    mask[[0, 2]] = 0
+    first = [row(slot, 0, [5 + slot, 6]) for slot in range(3)]
+    again = [row(slot, 2, FEEDBACK) for slot in range(3)]
+    alone = [row(1, 3, FEEDBACK)]
+    results = run(executor, [Step(first, mask), Step(again), Step(alone)])
+    assert results[0].token.tolist() == [NO_TOKEN, *expected.step(first[1:2]), NO_TOKEN]
+    assert np.isnan(results[0].logprob[[0, 2]]).all()
+    assert results[1].token[1:2].tolist() == expected.step(again[1:2])
+    assert results[2].token.tolist() == expected.step(alone)
 
 
 def bind(executor: Executor, params: list[SamplingParams]) -> Expected:

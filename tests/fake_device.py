@@ -15,11 +15,12 @@ import numpy as np
 from fake_driver import FakeDriver
 from numpy.typing import NDArray
 
+from edgellm.executor.base import NO_TOKEN
 from edgellm.executor.cuda_programs import HISTORY
 from edgellm.executor.sampler import Sampler
 from edgellm.kernels.adjust import AdjustmentsShape
 from edgellm.kernels.rows import CHUNK, ROW, WANTS_TOKEN
-from edgellm.kernels.sample import ADJUSTED, CHOSEN, GREEDY, SAMPLED, SAMPLING
+from edgellm.kernels.sample import ADJUSTED, CHOSEN, GREEDY, NOTHING_LEFT, SAMPLED, SAMPLING
 from edgellm.sampling import SamplingParams
 
 Logits = NDArray[np.float32]
@@ -128,6 +129,9 @@ class FakeDevice(FakeDriver):
             shape = AdjustmentsShape(self._vocab, HISTORY)
             changes = _array(self._adjustments_at, self._slots, shape.dtype)[slot]
         token = _sampled(state, logits, changes, self._chosen[slot])
+        if token == NO_TOKEN:
+            result["token"], result["status"], result["logprob"] = token, NOTHING_LEFT, np.nan
+            return
         self._chosen[slot].append(token)
         last[slot] = token
         result["token"], result["status"], result["logprob"] = token, CHOSEN, np.nan

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from edgellm.errors import ExecutorFault
 from edgellm.executor.base import (
+    NO_TOKEN,
     ExecutorInfo,
     Feedback,
     MemoryReport,
@@ -70,6 +71,7 @@ class FakeExecutor:
     Args:
         fault_at: the ticket whose collection raises ExecutorFault, counted from 1.
         delay_s: how long collecting takes.
+        dead_ends: seed → the index of its answer at which nothing may be chosen.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class FakeExecutor:
         smallest_chunk: int = 1,
         fault_at: int | None = None,
         delay_s: float = 0.0,
+        dead_ends: Mapping[int, int] | None = None,
     ) -> None:
         self._info = ExecutorInfo(
             "fake", slots, max_seq_len, max_num_tokens, vocab_size, 4, pipeline_depth, smallest_chunk
@@ -92,6 +95,7 @@ class FakeExecutor:
         self._tickets = 0
         self._fault_at = fault_at
         self._delay_s = delay_s
+        self._dead_ends = dead_ends or {}
         self.closed = False
         self.copies = 0
         self.fed_tokens = 0
@@ -182,6 +186,9 @@ class FakeExecutor:
         logits = np.zeros((len(rows), vocab), np.float32)
         for i, (row, state, sampling) in enumerate(zip(rows, states, samplings, strict=True)):
             state.last = next_token(state.kv, sampling, state.index, vocab)
+            if self._dead_ends.get(sampling.seed) == state.index:
+                token[i] = NO_TOKEN
+                continue
             state.index += 1
             token[i] = state.last
             if row.want is Want.LOGITS:

@@ -129,6 +129,25 @@ def test_a_fault_ends_every_request_and_the_thread(depth: int) -> None:
     assert inbox.finishes == {key: [Finish.FAULT] for key in range(4)}
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("index", [0, 3])
+def test_where_nothing_may_be_chosen_that_request_ends_and_no_other(depth: int, index: int) -> None:
+    executor = FakeExecutor(slots=2, pipeline_depth=depth, dead_ends={1: index, 4: index})
+    requests = [request(key, max_tokens=9) for key in range(6)]
+    with running(executor) as (engine, inbox):
+        for each in requests:
+            engine.submit(each)
+        inbox.wait_ends(len(requests))
+        stats = engine.snapshot()
+    for each in requests:
+        dead = each.key in (1, 4)
+        oracle = expected_tokens(each.prompt.tolist(), each.sampling, 9, 97)
+        assert inbox.tokens[each.key] == (oracle[:index] if dead else oracle)
+        assert inbox.finishes[each.key] == [Finish.NOTHING_ALLOWED if dead else Finish.LENGTH]
+    assert stats.completion_tokens == 4 * 9 + 2 * index
+    assert engine.fault is None
+
+
 def test_a_request_beyond_the_queue_still_gets_an_end() -> None:
     executor = FakeExecutor(slots=1, delay_s=0.001)
     with running(executor, max_queue=0) as (engine, inbox):

@@ -48,6 +48,9 @@ class Feedback:
 
 FEEDBACK: Final = Feedback()
 
+NO_TOKEN: Final = -1
+"""Where a result has no token: what the request allows at this place is nothing at all."""
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -85,7 +88,9 @@ class Result:
     """What a step gave; R counts the rows that wanted something, in the step's order.
 
     Attributes:
-        token: int32 [R], the sampled token, also where LOGITS was wanted.
+        token: int32 [R], the sampled token, also where LOGITS was wanted. NO_TOKEN ends its request: the
+            slot's sampling state is as it was, and a step that feeds it back, which may be on its way,
+            computes what nobody looks at.
         logprob: float32 [R], natural log of the token's probability under the model's own distribution
             (before temperature, penalties and truncation); NaN where the slot's params do not ask for it.
         top_ids, top_logprobs: [R, K] int32 and float32, most likely first, K the largest top_logprobs asked

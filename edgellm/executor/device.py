@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from edgellm.cuda.driver import Driver
 from edgellm.errors import DeviceLost, ExecutorFault
 from edgellm.executor.base import (
+    NO_TOKEN,
     ExecutorInfo,
     Feedback,
     MemoryReport,
@@ -40,7 +41,7 @@ from edgellm.executor.device_state import PIPELINE_DEPTH, DeviceState, OpenStep,
 from edgellm.executor.sampler import Sampled, Sampler
 from edgellm.kernels.adjust import AdjustmentsShape, adjustments_state, adjusts
 from edgellm.kernels.rows import WANTS_TOKEN
-from edgellm.kernels.sample import CHOSEN, SAMPLED, chooses_on_device, sampling_state
+from edgellm.kernels.sample import CHOSEN, NOTHING_LEFT, SAMPLED, chooses_on_device, sampling_state
 from edgellm.memory.plan import Shape
 from edgellm.model.spec import ModelSpec
 from edgellm.sampling import SamplingParams
@@ -335,13 +336,14 @@ class DeviceExecutor(abc.ABC):
         self._wait(flight)
         buffers, wanted = flight.buffers, flight.wanted
         results = buffers.results[flight.at]
+        # Where the device has found nothing to choose, it says NO_TOKEN.
         token = results["token"].copy()
         sampled: Sampled | None = None
         hosted = [number for number, is_host in enumerate(flight.by_host) if is_host]
         bad = [
             row.slot
             for row, is_host, status in zip(wanted, flight.by_host, results["status"].tolist(), strict=True)
-            if not is_host and status != CHOSEN
+            if not is_host and status not in (CHOSEN, NOTHING_LEFT)
         ]
         if bad:
             raise ExecutorFault(f"the logits of slot {bad[0]} are not finite")
@@ -353,9 +355,10 @@ class DeviceExecutor(abc.ABC):
             )
             token[hosted] = sampled.token
             for slot, chosen in zip(slots, sampled.token.tolist(), strict=True):
-                self._slots[slot].token = chosen
+                # The step behind this one may feed it back before anyone has seen that there is none.
+                self._slots[slot].token = 0 if chosen == NO_TOKEN else chosen
         for row, is_host, chosen in zip(wanted, flight.by_host, token.tolist(), strict=True):
-            if not is_host:
+            if not is_host and chosen != NO_TOKEN:
                 self._sampler.record(row.slot, chosen)
         flight.result = self._result(flight, token, hosted, sampled)
 

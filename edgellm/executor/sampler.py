@@ -20,7 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm.errors import ExecutorFault, InternalError
+from edgellm.errors import ExecutorFault
+from edgellm.executor.base import NO_TOKEN
 from edgellm.executor.philox import uniform
 from edgellm.sampling import SamplingParams
 
@@ -35,22 +36,10 @@ _LEVELS = 1024
 """The histogram's bins: an eighth of a nat each, far beyond where float32's exp is 0."""
 
 _MAX_BIAS = 1e30
-"""Far beyond any logit, and still finite in float32 after a penalty."""
+"""Far beyond any logit, and still finite in float32 after a penalty, which is 0.01…100."""
 
 _MAX_INVERSE_TEMPERATURE = 1e30
 """Keeps 0 · (1/T) from being NaN when T is almost nothing; every other token is at −inf by then."""
-
-
-class NothingAllowed(InternalError):
-    """A mask leaves a row no token to choose. No slot's state has changed: sampling can be tried again.
-
-    Attributes:
-        slot: the row at fault.
-    """
-
-    def __init__(self, slot: int) -> None:
-        super().__init__(f"the mask of slot {slot} allows no token")
-        self.slot = slot
 
 
 class Sampled(NamedTuple):
@@ -141,11 +130,12 @@ class Sampler:
             slots: the slot of each row, each at most once.
             logits: float32 [R, V]; −inf stands for a token that cannot be.
             mask: uint32 [R, ceil(V / 32)] as in `executor.base.Step`, or None. Where min_tokens suppresses
-                all that it allows, the mask wins: a complete grammar allows nothing but the end.
+                all that it allows, the mask wins: a complete grammar allows nothing but the end. A row whose
+                mask allows nothing gets NO_TOKEN, and its slot's state does not change.
 
         Raises:
-            ExecutorFault: a row has a NaN or +inf, or is −inf everywhere; the message names the slot.
-            NothingAllowed: a row's mask allows nothing.
+            ExecutorFault: a row has a NaN or +inf, or is −inf everywhere; the message names the slot, and no
+                slot's state has changed.
         """
         states = [self._slots[slot] for slot in slots]
         if mask is None and all(state.plain for state in states):
@@ -165,13 +155,14 @@ class Sampler:
                     continue
                 row_mask = None if mask is None else mask[i]
                 token[i] = self._choose(slot, state, logits[i], row_mask)
-                if state.params.logprobs:
+                if state.params.logprobs and token[i] != NO_TOKEN:
                     logprob[i] = self._report(
                         logits[i], token[i], state.params.top_logprobs, top_ids[i], top_logprobs[i]
                     )
         # Only now, when no row can fail any more, does the state advance.
         for slot, chosen in zip(slots, token.tolist(), strict=True):
-            self.record(slot, chosen)
+            if chosen != NO_TOKEN:
+                self.record(slot, chosen)
         return Sampled(token, logprob, top_ids, top_logprobs)
 
     def _argmax(self, slots: Sequence[int], logits: NDArray[np.float32]) -> NDArray[np.int32]:
@@ -189,7 +180,8 @@ class Sampler:
     ) -> int:
         if not math.isfinite(logits.max()):  # NaN carries through max
             raise _not_finite([slot])
-        self._adjust(slot, state, logits, mask)
+        if not self._adjust(slot, state, logits, mask):
+            return NO_TOKEN
         params = state.params
         row = self._row
         best = int(row.argmax())
@@ -207,15 +199,15 @@ class Sampler:
 
     def _adjust(
         self, slot: int, state: _Slot, logits: NDArray[np.float32], mask: NDArray[np.uint32] | None
-    ) -> None:
-        """Leave the row's logits, as the request wants them changed, in `_row`."""
+    ) -> bool:
+        """Leave the row's logits, as the request wants them changed, in `_row`; whether any token is left."""
         row, params = self._row, state.params
         np.copyto(row, logits)
         if mask is not None:
             words = np.ascontiguousarray(mask, "<u4").view(np.uint8)
             np.copyto(row, -np.inf, where=np.unpackbits(words, count=self._vocab, bitorder="little") == 0)
             if row.max() == -np.inf:
-                raise NothingAllowed(slot)
+                return False
         if state.bias_ids is not None and state.bias is not None:
             row[state.bias_ids] += state.bias
         if state.suppressed is not None and state.index < params.min_tokens:
@@ -233,6 +225,7 @@ class Sampler:
             values -= np.float32(params.frequency_penalty) * generated.astype(np.float32)
             values -= np.float32(params.presence_penalty) * (generated > 0)
             row[ids] = values
+        return True
 
     def _truncate(self, params: SamplingParams) -> tuple[NDArray[np.intp], NDArray[np.float64]] | None:
         """What top_k, top_p and min_p keep of `_row`: ids, ascending, and their weights; None: all of it.

@@ -221,7 +221,8 @@ __global__ void __launch_bounds__(CHOOSERS, 1) choose(const Row* __restrict__ ro
   const u32 ordered = u32(top >> 32);
   const float peak = __uint_as_float(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered);
   if (!(fabsf(peak) < INFINITE) || flags & ON_HOST) {
-    const int status = fabsf(peak) < INFINITE ? FOR_HOST : NOT_FINITE;
+    const bool emptied = flags & ADJUSTED && peak == -INFINITE;  // by what the request holds back
+    const int status = emptied ? NOTHING_LEFT : fabsf(peak) < INFINITE ? FOR_HOST : NOT_FINITE;
     if (threadIdx.x == 0) *result = {-1, status, __int_as_float(0x7fc00000), index};
     return;
   }

@@ -27,7 +27,7 @@ struct Sampled {
   u32 index;      // which of the slot's tokens it is
 };
 
-enum Status { NONE = 0, CHOSEN = 1, NOT_FINITE = 2, FOR_HOST = 3 };
+enum Status { NONE = 0, CHOSEN = 1, NOT_FINITE = 2, FOR_HOST = 3, NOTHING_LEFT = 4 };
 
 // Philox4x32-10 and the 53-bit fraction made of it: see edgellm/executor/philox.py.
 DEVICE double philox_uniform(u32 seed_low, u32 seed_high, u32 index) {

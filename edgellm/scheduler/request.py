@@ -27,6 +27,7 @@ class Finish(enum.Enum):
     LENGTH = "length"  # max_tokens
     CANCELLED = "cancelled"  # by the client, or because it vanished
     DEADLINE = "deadline_exceeded"
+    NOTHING_ALLOWED = "bad_request"  # no token is left that the request allows here
     SHUTDOWN = "shutting_down"
     FAULT = "internal"
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm.errors import ConfigError, Overloaded, TooLong
-from edgellm.executor.base import FEEDBACK, ExecutorInfo, Result, Row, Step, Want
+from edgellm.executor.base import FEEDBACK, NO_TOKEN, ExecutorInfo, Result, Row, Step, Want
 from edgellm.sampling import SamplingParams
 from edgellm.scheduler.request import Finish, Priority, Request, Update
 from edgellm.scheduler.sequence import Sequence
@@ -253,6 +253,10 @@ class Scheduler:
                 continue
             request = sequence.request
             id_ = tokens[index]
+            if id_ == NO_TOKEN:
+                self._end(sequence, Finish.NOTHING_ALLOWED, now)
+                updates.append(sequence.update([], now))
+                continue
             slot.append(id_)
             if sequence.completed == 0:
                 sequence.first_token = now
@@ -263,7 +267,7 @@ class Scheduler:
             elif sequence.completed == request.max_tokens:
                 self._end(sequence, Finish.LENGTH, now)
             updates.append(sequence.update([token], now))
-        self._completion_tokens += len(updates)
+            self._completion_tokens += 1
         return updates
 
     def fail_all(self, finish: Finish, now: float | None = None) -> list[Update]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from edgellm.errors import (
+    BadRequest,
     Cancelled,
     DeadlineExceeded,
     InternalError,
@@ -184,6 +185,8 @@ def _failure(finish: Finish) -> RequestError:
             return DeadlineExceeded(
                 "the request's deadline passed before the answer was done", field="deadline_ms"
             )
+        case Finish.NOTHING_ALLOWED:
+            return BadRequest("what the request allows leaves no token to go on with: the answer ends here")
         case Finish.SHUTDOWN:
             return ShuttingDown("the daemon stopped before the answer was done")
         case _:

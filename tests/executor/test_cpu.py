@@ -20,7 +20,7 @@ from tiny_llama import TINY
 from edgellm.checkpoint import Checkpoint, open_checkpoint
 from edgellm.errors import ExecutorFault
 from edgellm.executor import cpu
-from edgellm.executor.base import FEEDBACK, Row, Step, Want
+from edgellm.executor.base import FEEDBACK, NO_TOKEN, Row, Step, Want
 from edgellm.executor.cpu import CpuExecutor
 from edgellm.sampling import SamplingParams
 
@@ -147,6 +147,13 @@ def test_a_mask_reaches_its_row(executor: CpuExecutor) -> None:
     mask[1, 2] = 1 << 5
     rows = [row(2, 0, [1, 2, 3], Want.TOKEN), row(1, 0, [1], Want.TOKEN)]
     assert executor.collect(executor.submit(Step(rows, mask))).token.tolist() == [35, 69]
+
+
+def test_a_mask_that_allows_nothing_costs_only_its_row(executor: CpuExecutor) -> None:
+    mask = np.zeros((2, -(-TIED.vocab // 32)), np.uint32)
+    mask[1, 2] = 1 << 5
+    rows = [row(2, 0, [1, 2, 3], Want.TOKEN), row(1, 0, [1], Want.TOKEN)]
+    assert executor.collect(executor.submit(Step(rows, mask))).token.tolist() == [NO_TOKEN, 69]
 
 
 class _Model:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import fake_device
 import numpy as np
 import pytest
 from device_texts import (
@@ -20,6 +22,7 @@ from device_texts import (
     VOCAB,
     Expected,
     bind,
+    check_a_row_without_a_choice,
     row,
     run,
 )
@@ -29,7 +32,7 @@ from tiny_networks import NETWORKS, SHAPE, build
 
 from edgellm.cuda.driver import Driver
 from edgellm.errors import DeviceError, DeviceLost, EngineError, ExecutorFault, TemporaryShortage
-from edgellm.executor.base import FEEDBACK, Step, Want
+from edgellm.executor.base import FEEDBACK, NO_TOKEN, Step, Want
 from edgellm.executor.cuda import CudaExecutor
 from edgellm.sampling import SamplingParams
 
@@ -111,6 +114,25 @@ def test_the_host_goes_on_with_a_penalised_request_that_it_has_sampled_for(execu
         steps.append(Step([row(0, 2 + n, FEEDBACK, want), row(1, 1 + n, FEEDBACK)]))
     for step, result in zip(steps, run(executor, steps), strict=True):
         assert result.token.tolist() == expected.step(list(step.rows))
+
+
+def test_a_mask_that_allows_nothing_costs_only_its_row(executor: CudaExecutor) -> None:
+    check_a_row_without_a_choice(executor)
+
+
+def test_what_the_device_finds_nothing_for_costs_only_its_row(
+    executor: CudaExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = bind(executor, [PENALISED, RANDOM])
+    chosen = fake_device._sampled
+
+    def sampled(state: Any, logits: Any, changes: Any, before: list[int]) -> int:
+        return NO_TOKEN if changes is not None else chosen(state, logits, changes, before)
+
+    monkeypatch.setattr(fake_device, "_sampled", sampled)
+    steps = [Step([row(0, 0, [1, 2]), row(1, 0, [3])]), Step([row(0, 2, FEEDBACK), row(1, 1, FEEDBACK)])]
+    for step, result in zip(steps, run(executor, steps), strict=True):
+        assert result.token.tolist() == [NO_TOKEN, *expected.step(list(step.rows[1:]))]
 
 
 def test_log_probabilities_and_alternatives(executor: CudaExecutor) -> None:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edgellm.errors import ExecutorFault
+from edgellm.executor.base import NO_TOKEN
 from edgellm.executor.philox import uniform
-from edgellm.executor.sampler import NothingAllowed, Sampled, Sampler
+from edgellm.executor.sampler import Sampled, Sampler
 from edgellm.sampling import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -349,15 +350,24 @@ def test_a_token_at_minus_infinity_is_never_chosen() -> None:
     assert sampled.top_ids[0].tolist() == [3, 64, -1, -1, -1]
 
 
-def test_a_mask_that_allows_nothing_names_its_slot_and_changes_nothing() -> None:
-    sampler = Sampler(4, 40)
-    logits = np.zeros((2, 40), np.float32)
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(seed=4, logprobs=True, top_logprobs=2)])
+def test_a_mask_that_allows_nothing_gives_no_token_and_leaves_other_rows_alone(
+    params: SamplingParams,
+) -> None:
+    logits = np.random.default_rng(3).standard_normal((2, 40)).astype(np.float32)
     mask = np.full((2, 2), 0xFFFFFFFF, np.uint32)
     mask[1] = [0, 0xFFFFFF00]  # only ids that do not exist
-    with pytest.raises(NothingAllowed) as error:
-        sampler.sample([0, 3], logits, mask)
-    assert error.value.slot == 3
-    assert sampler.last_token(0) == -1
+    sampler, untouched = Sampler(4, 40), Sampler(4, 40)
+    for each in (sampler, untouched):
+        for slot in (0, 3):
+            each.bind(slot, params, NO_HISTORY)
+    sampled, alone = sampler.sample([0, 3], logits, mask), untouched.sample([0], logits[:1])
+    assert sampled.token.tolist() == [int(alone.token[0]), NO_TOKEN]
+    assert np.isnan(sampled.logprob[1])
+    assert (sampled.top_ids[1:] == -1).all()
+    # The slot is where it was: the same index of the same seed comes next.
+    assert sampler.last_token(3) == -1
+    assert sampler.sample([3], logits[1:]).token == untouched.sample([3], logits[1:]).token
 
 
 def test_min_tokens_holds_back_the_end_unless_the_mask_allows_nothing_else() -> None:

@@ -7,7 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from device_texts import BY_HOST, GREEDY, PENALISED, RANDOM, VOCAB, Expected, bind, row, run
+from device_texts import (
+    BY_HOST,
+    GREEDY,
+    PENALISED,
+    RANDOM,
+    VOCAB,
+    Expected,
+    bind,
+    check_a_row_without_a_choice,
+    row,
+    run,
+)
 from fake_driver import Status
 from fake_tensorrt import CONTEXT_BYTES, WEIGHT_BYTES, FakeTensorRt, PlanDevice, plan_bytes, tensors_of
 from msgspec import structs
@@ -166,6 +177,10 @@ def test_masks_and_logits_come_from_the_host(executor: TensorRtExecutor) -> None
     for step, result in zip(steps, results, strict=True):
         assert result.token.tolist() == expected.step(list(step.rows), step.mask)
     assert results[2].logits is not None
+
+
+def test_a_mask_that_allows_nothing_costs_only_its_row(executor: TensorRtExecutor) -> None:
+    check_a_row_without_a_choice(executor)
 
 
 def test_a_prompt_longer_than_the_profile_comes_in_pieces(

@@ -99,6 +99,18 @@ def test_an_error_is_the_end_and_reports_what_was_used() -> None:
     assert (error.usage.completion_tokens, error.usage.cached_tokens) == (1, 2)
 
 
+def test_an_answer_that_nothing_may_continue_is_a_bad_request_after_its_tokens() -> None:
+    stream = make(streaming=False)
+    stream.take(Update(1, [Token(97)]), now=11.0)
+    stream.take(Update(1, finish=Finish.NOTHING_ALLOWED), now=12.0)
+    error = stream.next()
+    assert isinstance(error, Error)
+    assert error.code == "bad_request"
+    assert "leaves no token" in error.message
+    assert error.usage is not None
+    assert error.usage.completion_tokens == 1
+
+
 def test_a_stop_string_outweighs_a_later_failure() -> None:
     stream = make(stop=["!"])
     stream.take(Update(1, [Token(97), Token(33)]), now=11.0)
