@@ -1,8 +1,8 @@
 """The engine directory: what `edgellm build` writes and everything else opens.
 
     config.json             TensorRT-LLM's version, pretrained_config and build_config, plus our own section
-    model.onnx, …           the network, by executor: for CUDA network.json, weights.safetensors, and compiled
-                            kernels as kernels/sm_87/….cubin
+    model.onnx, …           the network, by executor: for CUDA network.json, weights.safetensors, its pieces'
+                            digests weights.sha256, and compiled kernels as kernels/sm_87/….cubin
     tokenizer.json          Hugging Face's tokenizers
     tokenizer_config.json   the special tokens' text, for the chat template
     chat_template.jinja     absent if the checkpoint has none
@@ -124,7 +124,8 @@ class EngineDir:
 
     @property
     def compared_by_executor(self) -> str | None:
-        """The file that the executor compares with its SHA-256 itself, since it reads all of it anyway."""
+        """The file that the executor compares itself, since it reads all of it anyway: piece by piece, with
+        digests that are compared like any other file."""
         return "weights.safetensors" if self.config.edgellm.executor == "cuda" else None
 
     def tokenizer(self) -> Tokenizer:

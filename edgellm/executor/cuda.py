@@ -35,7 +35,7 @@ from edgellm.kernels.attention_shape import CacheKind, rope_table
 from edgellm.model.network import NETWORK_FILE, Network, read_network
 from edgellm.model.rotary import Rotary
 from edgellm.model.spec import ModelSpec
-from edgellm.model.weights_file import WEIGHTS_FILE, read_weights_header
+from edgellm.model.weights_file import WEIGHTS_FILE, read_digests, read_weights_header
 
 SMALLEST_CHUNK: Final = 2
 """A prompt's single tokens go through the decode kernels, which sum in another order. Pieces of different
@@ -94,7 +94,6 @@ class CudaExecutor(DeviceExecutor):
         max_num_tokens: tokens that a step may feed.
         kv_cache: what the caches hold.
         dependent_launch: whether kernels may start before the one in front has ended, where the device can.
-        weights_sha256: of the weights file in hex, compared while it is read; None: not compared.
         step_limit_s: a step that takes longer hangs.
         open_driver: opens the device.
     """
@@ -109,7 +108,6 @@ class CudaExecutor(DeviceExecutor):
         max_num_tokens: int,
         kv_cache: CacheKind = "fp16",
         dependent_launch: bool = True,
-        weights_sha256: str | None = None,
         step_limit_s: float = STEP_LIMIT_S,
         open_driver: Callable[[], Driver] = Driver,
     ) -> None:
@@ -127,7 +125,6 @@ class CudaExecutor(DeviceExecutor):
         super().__init__(info, spec, step_limit_s=step_limit_s, open_driver=open_driver)
         self._directory = directory
         self._kv_cache: CacheKind = kv_cache
-        self._weights_sha256 = weights_sha256
         self._dependent_launch = dependent_launch
 
     def load(self, progress: Progress) -> MemoryReport:
@@ -284,7 +281,7 @@ class CudaExecutor(DeviceExecutor):
             stream,
             weights,
             memory.at("weights"),
-            sha256=self._weights_sha256,
+            digests=read_digests(weights.path),
             progress=lambda done: progress("weights", done),
         )
 

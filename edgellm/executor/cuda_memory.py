@@ -18,10 +18,8 @@ from edgellm.cuda.launch import At
 from edgellm.errors import EngineError
 from edgellm.executor.cuda_programs import Program
 from edgellm.memory.arena import Buffer, aligned, place
-from edgellm.model.weights_file import PAGE, WeightsFile
+from edgellm.model.weights_file import PAGE, PieceDigests, WeightsFile
 
-PIECE_BYTES: Final = 16 << 20
-"""Of the weights file, read and sent at a time."""
 READERS: Final = 4
 """Pieces that are being read: what a disk needs to have in its queue to be fast."""
 PIECES: Final = READERS + 2
@@ -132,55 +130,62 @@ def load_weights(
     file: WeightsFile,
     address: int,
     *,
-    sha256: str | None,
+    digests: PieceDigests,
     progress: Callable[[float], None],
 ) -> None:
     """Read a weights file into device memory, without the page cache: there is never a second copy of it.
 
     Direct reads go into page-locked pieces; where a file system has none (tmpfs), pages are dropped behind.
+    Who reads a piece compares it, too.
 
     Args:
-        address: on the device.
-        sha256: of the whole file in hex, compared on the way; None: it is not.
+        address: on the device, of the first tensor.
+        digests: of the file's pieces, which it is read in.
 
     Raises:
         EngineError: the file cannot be read, is shorter than its header says, or is not as it was built.
     """
-    digest = hashlib.sha256() if sha256 is not None else None
-    piece = min(PIECE_BYTES, max(-(-file.bytes // PAGE) * PAGE, PAGE))
-    starts = range(0, file.bytes, piece)
+    size = file.data + file.bytes
+    starts = range(0, size, digests.piece)
+    if len(starts) != len(digests.sha256):
+        raise EngineError(f"{file.path} is longer or shorter than its digests; build the engine again")
+    piece = min(digests.piece, -(-size // PAGE) * PAGE)
     count = min(PIECES, len(starts))
-    if not count:
-        return
     pinned = Pinned(driver, count * piece)
     buffers = [pinned.take((piece,), np.uint8) for _ in range(count)]
     sent = [driver.event() for _ in buffers]
-    reading: collections.deque[Future[int]] = collections.deque()
+    reading: collections.deque[Future[NDArray[np.uint8]]] = collections.deque()
     try:
         with ThreadPoolExecutor(READERS, "weights") as pool, _Reader(file.path) as reader:
             begun = 0
+
+            def fetch(number: int) -> NDArray[np.uint8]:
+                buffer = buffers[number % count]
+                here = buffer[: min(piece, size - starts[number])]
+                if reader.read(buffer, starts[number]) < here.nbytes:
+                    raise EngineError(f"{file.path} is cut off; build the engine again")
+                if hashlib.sha256(here.data).hexdigest() != digests.sha256[number]:
+                    raise EngineError(
+                        f"{file.path} is not as it was built: its SHA-256 differs; build the engine again"
+                    )
+                return here
+
             for index, start in enumerate(starts):
                 while begun < min(len(starts), index + READERS):
                     slot = begun % count
                     if begun >= count:
                         driver.call("cuEventSynchronize", sent[slot])
-                    reading.append(pool.submit(reader.read, buffers[slot], file.data + starts[begun]))
+                    reading.append(pool.submit(fetch, begun))
                     begun += 1
-                wanted, slot = min(piece, file.bytes - start), index % count
-                if reading.popleft().result() < wanted:
-                    raise EngineError(f"{file.path} is cut off; build the engine again")
-                driver.call("cuMemcpyHtoDAsync", address + start, buffers[slot].ctypes.data, wanted, stream)
-                driver.call("cuEventRecord", sent[slot], stream)
-                if digest is not None:
-                    if not index:
-                        digest.update(reader.head(file.data))
-                    digest.update(buffers[slot][:wanted].data)
-                progress((start + wanted) / file.bytes)
+                here = reading.popleft().result()
+                end = start + here.nbytes
+                here = here[max(file.data - start, 0) :]
+                if here.nbytes:
+                    target = address + end - here.nbytes - file.data
+                    driver.call("cuMemcpyHtoDAsync", target, here.ctypes.data, here.nbytes, stream)
+                driver.call("cuEventRecord", sent[index % count], stream)
+                progress(end / size)
             driver.call("cuStreamSynchronize", stream)
-        if digest is not None and digest.hexdigest() != sha256:
-            raise EngineError(
-                f"{file.path} is not as it was built: its SHA-256 differs; build the engine again"
-            )
     finally:
         for event in sent:
             driver.call("cuEventDestroy", event)
@@ -225,10 +230,6 @@ class _Reader:
         if done > plain and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._plain, offset + plain, done - plain, os.POSIX_FADV_DONTNEED)
         return done
-
-    def head(self, count: int) -> bytes:
-        """The file's first bytes."""
-        return os.pread(self._plain, count, 0)
 
     def _read_direct(self, buffer: NDArray[np.uint8], offset: int) -> int:
         """As far as the file system lets it, in whole pages."""

@@ -22,7 +22,6 @@ def make_executor(directory: EngineDir, wanted: EngineConfig) -> Executor:
     if directory.config.edgellm.executor == "cuda":
         from edgellm.executor.cuda import CudaExecutor
         from edgellm.executor.cuda_build import cache_kind
-        from edgellm.model.weights_file import WEIGHTS_FILE
 
         return CudaExecutor(
             directory.path,
@@ -31,7 +30,6 @@ def make_executor(directory: EngineDir, wanted: EngineConfig) -> Executor:
             max_seq_len=shape.max_seq_len,
             max_num_tokens=shape.max_num_tokens,
             kv_cache=cache_kind(directory.kv_cache),
-            weights_sha256=directory.config.edgellm.files[WEIGHTS_FILE].sha256,
         )
     if directory.config.edgellm.executor == "tensorrt":
         from edgellm.executor.tensorrt import TensorRtExecutor
