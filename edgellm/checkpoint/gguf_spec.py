@@ -1,8 +1,7 @@
 """A GGUF file's keys → `ModelSpec`: llama, qwen, qwen2, qwen3 and qwen3moe; Mistral's models say llama.
 
-Keys are those of llama.cpp's gguf-py (constants.py), and mean what llama.cpp makes of them. What this file
-does not know it refuses by name: a scaling key that was silently ignored would be a model that answers a
-little worse.
+Keys are those of llama.cpp's gguf-py (constants.py), and mean what llama.cpp makes of them. Which of them are
+read, and which are refused, is `gguf_keys.py`'s.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from edgellm.checkpoint.gguf import GgufFile
+from edgellm.checkpoint.gguf_keys import check_keys
 from edgellm.checkpoint.gguf_layouts import weight
 from edgellm.errors import CheckpointError
 from edgellm.model.rotary import (
@@ -59,33 +59,6 @@ ARCHITECTURES: Final = {
 ROPE_FREQS: Final = "rope_freqs.weight"
 """Divisors of the rotary frequencies: how convert_hf_to_gguf.py writes Llama 3.1's scaling."""
 
-NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
-    "rope.scaling.attn_factor": (0.0, 1.0),
-    "rope.scaling.yarn_ext_factor": (-1.0, 1.0),
-    "rope.scaling.yarn_attn_factor": (1.0,),
-    "rope.scaling.yarn_log_multiplier": (0.0,),
-    "expert_shared_count": (0,),
-    "expert_group_count": (0, 1),
-    "expert_weights_scale": (0.0, 1.0),
-    "expert_weights_norm": (True,),
-    # Softmax.
-    "expert_gating_func": (0, 1),
-    "attention.scale": (0.0,),
-    "attention.clamp_kqv": (0.0,),
-    "attention.max_alibi_bias": (0.0,),
-    "attention.causal": (True,),
-    "attention.output_scale": (0.0, 1.0),
-    "attention.temperature_scale": (0.0,),
-    "attn_logit_softcapping": (0.0,),
-    "router_logit_softcapping": (0.0,),
-    "final_logit_softcapping": (0.0,),
-    "logit_scale": (0.0, 1.0),
-    "embedding_scale": (0.0, 1.0),
-    "residual_scale": (0.0, 1.0),
-    "use_parallel_residual": (False,),
-}
-"""Keys that change the arithmetic in ways edgellm does not do, with the values that change nothing."""
-
 
 def read_spec(file: GgufFile) -> ModelSpec:
     """The numbers of a model, from its keys and from which tensors it has.
@@ -99,11 +72,7 @@ def read_spec(file: GgufFile) -> ModelSpec:
         raise CheckpointError(
             f"{file.path} has general.architecture {architecture}; edgellm reads {supported}"
         )
-    for suffix, neutral in NEUTRAL.items():
-        key = f"{architecture}.{suffix}"
-        value = file.values.get(key)
-        if value is not None and not any(value is one or value == one for one in neutral):
-            raise CheckpointError(f"{file.path} has {key} = {value}, which edgellm does not support")
+    check_keys(file, architecture)
 
     def integer(suffix: str, default: int | None = None) -> int:
         return file.integer(f"{architecture}.{suffix}", default, minimum=1)
