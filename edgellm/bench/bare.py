@@ -1,9 +1,9 @@
 """The executor by itself, driven as the engine thread drives it: no socket, no scheduler, no text.
 
 Prefill feeds a prompt in chunks of max_num_tokens, several prompts one behind the other so that steps are
-full; decode feeds back each sampled token, greedily, one step per token. As many steps are in flight as the executor takes. Tokens are drawn at random, seeded: what they
-are does not change what they cost. Time runs from before the first step is submitted until the last is
-collected.
+full; decode feeds back each sampled token, greedily, one step per token. As many steps are in flight as the
+executor takes. Tokens are drawn at random, seeded: what they are does not change what they cost. Time runs
+from before the first step is submitted until the last is collected.
 """
 
 from __future__ import annotations
