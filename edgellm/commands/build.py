@@ -114,7 +114,8 @@ def run(args: argparse.Namespace) -> int:
     from edgellm.commands.progress import progress_bar
     from edgellm.commands.target import read_target
     from edgellm.engine_draft import remove_abandoned_drafts
-    from edgellm.enginedir import new_engine, real_path, seal
+    from edgellm.engine_place import new_engine, real_path
+    from edgellm.engine_seal import seal
 
     started = time.monotonic()
     target = read_target(args)
