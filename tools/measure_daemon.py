@@ -14,45 +14,30 @@ its slots are as long as built. Ends with 1 if a figure that has a target misses
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
-import re
-import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+from running_daemon import Daemon, running_daemon
+from socket_share import DEPTH, measure_share
 
-from edgellm.bench.bare import BareBench
-from edgellm.bench.endpoint import latencies, steady_decode_rate
+from edgellm.bench.endpoint import latencies
 from edgellm.bench.facts import engine_facts
 from edgellm.bench.load import Load
-from edgellm.bench.prompts import PASSAGE, Prompts
 from edgellm.bench.report import Column, Report, show
-from edgellm.bench.statistics import Interval, ratio_of_medians, summarize
-from edgellm.bench.workloads import Workload, parse_counts
-from edgellm.client import Client
+from edgellm.bench.statistics import Interval, summarize
+from edgellm.bench.workloads import parse_counts
 from edgellm.config import EngineConfig
 from edgellm.enginedir import EngineDir, open_engine
 from edgellm.errors import EdgellmError, ExecutorFault, UsageError
-from edgellm.executor.factory import make_executor, threads_of
+from edgellm.executor.factory import threads_of
 
-DEPTH = 16
-"""Tokens in front of the decode that is compared: short, so that all requests start at nearly one time."""
-
-START_TIMEOUT_S = 60.0
-STOP_TIMEOUT_S = 30.0
 PAUSE_S = 0.02
 """Between round trips: the daemon has gone back to sleep."""
-
-_READY = re.compile(r"READY in (?P<total>[\d.]+) s \((?P<phases>[^)]*)\)")
-_MEMORY = re.compile(r"memory: (?P<part>\w+) (?P<size>[\d.]+) MiB, planned")
 
 TARGETS = {
     "ready_s": ("≤", 1.5),
@@ -61,17 +46,6 @@ TARGETS = {
     "peak_rss_mb": ("≤", 480.0),
     "socket_ratio": ("≥", 0.95),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Daemon:
-    """A daemon that is READY: what it said on the way there."""
-
-    process: psutil.Process
-    endpoint: str
-    ready_s: float
-    phases: dict[str, float]
-    memory_mb: dict[str, float]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -149,9 +123,9 @@ def _as_deployed(engine: EngineDir, args: argparse.Namespace) -> Iterator[dict[s
         flags += ["--threads", str(args.threads)]
     starts = []
     for _ in range(args.starts - 1):
-        with _daemon(args.engine, *flags) as daemon:
+        with running_daemon(args.engine, *flags) as daemon:
             starts.append(daemon)
-    with _daemon(args.engine, *flags) as daemon:
+    with running_daemon(args.engine, *flags) as daemon:
         starts.append(daemon)
         # Once it has worked, not before: what it idles like after its first requests is what counts.
         _fill_slots(daemon, args.slots, engine.build.max_seq_len)
@@ -178,96 +152,17 @@ def _ready_rows(starts: Sequence[Daemon]) -> Iterator[dict[str, Any]]:
 
 def _through_socket(engine: EngineDir, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Decode through the socket against the bare executor, at each batch."""
-    batches = _batches(args)
-    slots = max(batches)
-    flags = ["--max-batch-size", str(slots), "--threads", "1"]
-    bare: dict[int, list[float]] = {batch: [] for batch in batches}
-    socket: dict[int, list[float]] = {batch: [] for batch in batches}
-    with _daemon(args.engine, *flags) as daemon, Load(daemon.endpoint) as load:
-        prompts = _prompts(daemon, DEPTH)
-        executor = make_executor(engine, EngineConfig(threads=1, max_batch_size=slots))
-        try:
-            executor.load(lambda _name, _fraction: None)
-            bench = BareBench(executor)
-            for number in range(args.rounds):
-                for batch in batches:
-                    # Whoever goes first meets another machine than whoever goes second: they take turns.
-                    sides = [
-                        (bare, lambda batch=batch: _bare_rate(bench, batch, args.tokens)),
-                        (socket, lambda batch=batch: _socket_rate(load, prompts, batch, args.tokens)),
-                    ]
-                    for rates, measure in sides if number % 2 == 0 else reversed(sides):
-                        rates[batch].append(measure())
-        finally:
-            executor.close()
-    for batch in batches:
-        ratio = ratio_of_medians(socket[batch], bare[batch])
-        yield _row(f"bare executor, batch {batch}, tokens/s", summarize(bare[batch]).median, "{:.1f}")
-        yield _row(f"through the socket, batch {batch}, tokens/s", summarize(socket[batch]).median, "{:.1f}")
-        yield _ratio_row(f"socket ÷ bare, batch {batch}", ratio)
-
-
-def _bare_rate(bench: BareBench, batch: int, tokens: int) -> float:
-    workload = Workload("tg", tokens, DEPTH, batch)
-    (seconds,) = bench.run(workload, 1)
-    return workload.total_tokens / seconds
-
-
-def _socket_rate(load: Load, prompts: Prompts, batch: int, tokens: int) -> float:
-    return steady_decode_rate(load.closed(prompts.take(batch), tokens, batch))
-
-
-@contextlib.contextmanager
-def _daemon(engine: Path, *flags: str) -> Iterator[Daemon]:
-    """A daemon on a socket of its own; it must end with 0 when told to."""
-    with tempfile.TemporaryDirectory(prefix="edgellm-measure-") as folder:
-        endpoint = f"ipc://{folder}/edgellm.sock"
-        log = Path(folder) / "log"
-        command = [sys.executable, "-m", "edgellm", "serve", str(engine), "--endpoint", endpoint]
-        command += ["--log-level", "debug", *flags]  # debug: what each part takes
-        with log.open("wb") as stderr:
-            process = subprocess.Popen(command, stderr=stderr)
-        try:
-            yield _wait_ready(process, endpoint, log)
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                code = process.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                code = process.wait()
-        if code != 0:
-            raise ExecutorFault(f"the daemon ended with {code}: {log.read_text().strip()}")
-
-
-def _wait_ready(process: subprocess.Popen[bytes], endpoint: str, log: Path) -> Daemon:
-    end = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < end and process.poll() is None:
-        text = log.read_text()
-        if ready := _READY.search(text):
-            phases = (phase.rsplit(" ", 1) for phase in ready["phases"].split(", "))
-            return Daemon(
-                process=psutil.Process(process.pid),
-                endpoint=endpoint,
-                ready_s=float(ready["total"]),
-                phases={name: float(seconds) for name, seconds in phases},
-                memory_mb={
-                    each["part"]: float(each["size"]) * (1 << 20) / 1e6 for each in _MEMORY.finditer(text)
-                },
-            )
-        time.sleep(0.05)
-    raise ExecutorFault(f"the daemon did not become ready: {log.read_text().strip()}")
-
-
-def _prompts(daemon: Daemon, length: int) -> Prompts:
-    with Client(daemon.endpoint) as client:
-        return Prompts(client.tokenize(PASSAGE), length=length, seed=0)
+    shares = measure_share(engine, _batches(args), rounds=args.rounds, tokens=args.tokens, threads=1)
+    for batch, share in shares.items():
+        yield _row(f"bare executor, batch {batch}, tokens/s", share.bare_median, "{:.1f}")
+        yield _row(f"through the socket, batch {batch}, tokens/s", share.socket_median, "{:.1f}")
+        yield _ratio_row(f"socket ÷ bare, batch {batch}", share.ratio)
 
 
 def _fill_slots(daemon: Daemon, slots: int, seq_len: int) -> None:
     """Use every slot to its end, so that all memory that the daemon will ever touch is touched."""
     answer = min(32, seq_len - 1)
-    prompts = _prompts(daemon, seq_len - answer)
+    prompts = daemon.prompts(seq_len - answer)
     with Load(daemon.endpoint) as load:
         traces = load.closed(prompts.take(slots), answer, slots)
     if errors := [trace.error for trace in traces if not trace.ok]:
@@ -277,7 +172,7 @@ def _fill_slots(daemon: Daemon, slots: int, seq_len: int) -> None:
 def _round_trips(daemon: Daemon, count: int) -> list[float]:
     """Milliseconds from request to accepted, of one request at a time on the idle daemon."""
     found = []
-    prompts = _prompts(daemon, 8)
+    prompts = daemon.prompts(8)
     with Load(daemon.endpoint) as load:
         load.closed(prompts.take(1), 1, 1)
         for prompt in prompts.take(count):

@@ -1,9 +1,9 @@
 """The executor by itself, driven as the engine thread drives it: no socket, no scheduler, no text.
 
-Prefill feeds a prompt in chunks of max_num_tokens; decode feeds back each sampled token, greedily, one step
-per token. As many steps are in flight as the executor takes. Tokens are drawn at random, seeded: what they
-are does not change what they cost. Time runs from before the first step is submitted until the last is
-collected.
+Prefill feeds a prompt in chunks of max_num_tokens, several prompts one behind the other so that steps are
+full; decode feeds back each sampled token, greedily, one step per token. As many steps are in flight as the
+executor takes. Tokens are drawn at random, seeded: what they are does not change what they cost. Time runs
+from before the first step is submitted until the last is collected.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class BareBench:
         """
         if workload.depth:
             self._bind(workload)
-            self._pipeline(self._chunks(0, self._draw(workload.depth)))
+            self._pipeline(self._chunks(0, [self._draw(workload.depth)]))
             for slot in range(1, workload.batch):
                 self._executor.copy_prefix(0, slot, workload.depth)
 
@@ -77,7 +77,8 @@ class BareBench:
         count = min(tokens or workload.tokens, workload.tokens)
         self._bind(workload)
         if workload.kind == "pp":
-            steps = list(self._chunks(workload.depth, self._draw(count)))
+            prompts = [self._draw(count) for _ in range(workload.batch)]
+            steps = list(self._chunks(workload.depth, prompts))
         else:
             steps = list(self._decode(workload, count))
         started = self._clock()
@@ -88,12 +89,22 @@ class BareBench:
         for slot in range(workload.batch):
             self._executor.bind(slot, GREEDY, self._draw(1))
 
-    def _chunks(self, past: int, tokens: NDArray[np.int32]) -> Iterator[Step]:
-        size = self._executor.info.max_num_tokens
-        for start in range(0, len(tokens), size):
-            chunk = tokens[start : start + size]
-            last = start + size >= len(tokens)
-            yield Step([Row(0, past + start, chunk, Want.TOKEN if last else Want.NONE)])
+    def _chunks(self, past: int, prompts: Sequence[NDArray[np.int32]]) -> Iterator[Step]:
+        """Steps that feed prompt i to slot i, behind `past` tokens."""
+        room = self._executor.info.max_num_tokens
+        rows: list[Row] = []
+        for slot, tokens in enumerate(prompts):
+            start = 0
+            while start < len(tokens):
+                chunk = tokens[start : start + room]
+                last = start + len(chunk) == len(tokens)
+                rows.append(Row(slot, past + start, chunk, Want.TOKEN if last else Want.NONE))
+                start, room = start + len(chunk), room - len(chunk)
+                if not room:
+                    yield Step(rows)
+                    rows, room = [], self._executor.info.max_num_tokens
+        if rows:
+            yield Step(rows)
 
     def _decode(self, workload: Workload, count: int) -> Iterator[Step]:
         slots = range(workload.batch)
@@ -118,7 +129,7 @@ class BareBench:
 def row_of(workload: Workload, seconds: Sequence[float], max_num_tokens: int) -> dict[str, Any]:
     """The report's row: tokens per second over the repetitions, and how long a step took."""
     rates = summarize([workload.total_tokens / value for value in seconds])
-    steps = workload.tokens if workload.kind == "tg" else -(-workload.tokens // max_num_tokens)
+    steps = workload.tokens if workload.kind == "tg" else -(-workload.total_tokens // max_num_tokens)
     return {
         "test": workload.name,
         "kind": workload.kind,

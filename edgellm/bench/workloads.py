@@ -47,7 +47,7 @@ class Workload:
         kind: `pp` feeds a prompt (prefill), `tg` generates (decode).
         tokens: how many of them in each row.
         depth: tokens that each slot holds before.
-        batch: rows advanced together.
+        batch: rows advanced together, or prompts fed one behind the other.
     """
 
     kind: Literal["pp", "tg"]

@@ -53,8 +53,8 @@ def test_seconds_are_those_of_the_steps(
     kind: str, tokens: int, depth: int, batch: int, pipeline: int
 ) -> None:
     executor = TimedExecutor(pipeline_depth=pipeline)
-    workload = Workload("pp", tokens, depth) if kind == "pp" else Workload("tg", tokens, depth, batch)
-    steps = -(-tokens // executor.info.max_num_tokens) if kind == "pp" else tokens
+    workload = Workload("pp" if kind == "pp" else "tg", tokens, depth, batch)
+    steps = -(-tokens * batch // executor.info.max_num_tokens) if kind == "pp" else tokens
     expected = steps * STEP_S + workload.total_tokens * TOKEN_S
     assert measure(executor, workload, 3) == [expected] * 3
     row = row_of(workload, [expected] * 3, executor.info.max_num_tokens)
@@ -80,6 +80,15 @@ def test_prefill_fills_steps_and_wants_a_token_of_the_last_position_only() -> No
     last = [rows[0] for rows in executor.steps[-3:]]
     assert [(row.past, len(row.tokens)) for row in last] == [(10, 24), (34, 24), (58, 2)]
     assert [row.want for row in last] == [Want.NONE, Want.NONE, Want.TOKEN]
+
+
+def test_several_prompts_fill_steps_together() -> None:
+    executor = TimedExecutor()
+    measure(executor, Workload("pp", 20, batch=3), 1)
+    fed = [[(row.slot, row.past, len(row.tokens)) for row in rows] for rows in executor.steps[-3:]]
+    assert fed == [[(0, 0, 20), (1, 0, 4)], [(1, 4, 16), (2, 0, 8)], [(2, 8, 12)]]
+    wants = [row.want for rows in executor.steps[-3:] for row in rows]
+    assert wants == [Want.TOKEN, Want.NONE, Want.TOKEN, Want.NONE, Want.TOKEN]
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])

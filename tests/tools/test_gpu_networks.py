@@ -15,11 +15,12 @@ from edgellm.doctor.proof import prove
 from edgellm.executor.base import ExecutorInfo, Row, Step, Want
 from edgellm.model.weights import Dense, Weight
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "gpu"))
 
-from gpu_check import MAX_MEAN_KL, SMALL
+from network_checks import MAX_MEAN_KL
 from reference import NumpyExecutor
 from reference_decoder import reference_logits
+from small_networks import SMALL
 
 
 def small(name: str) -> RandomCheckpoint:
