@@ -155,7 +155,7 @@ def inspect_checkpoint(path: Path) -> Report:
         context=checkpoint.spec.max_context,
         tokens=tokens,
         chat_template=checkpoint.chat_template is not None,
-        chat_error=_chat_error(template),
+        chat_error=None if template is None else template.complaint(),
         eos_ids=checkpoint.eos_ids,
         refused=(*refused, *_without_kernel(weights)),
     )
@@ -190,7 +190,7 @@ def inspect_engine(path: Path) -> Report:
         context=spec.max_context,
         tokens=engine.tokenizer().vocab_size,
         chat_template=template is not None,
-        chat_error=_chat_error(template),
+        chat_error=None if template is None else template.complaint(),
         eos_ids=engine.eos_ids,
         built_for=BuiltFor(
             max_batch_size=engine.build.max_batch_size,
@@ -247,17 +247,6 @@ def _template_of(checkpoint: Checkpoint) -> ChatTemplate | None:
     if checkpoint.chat_template is None:
         return None
     return ChatTemplate(checkpoint.chat_template, bos=checkpoint.bos_token, eos=checkpoint.eos_token)
-
-
-def _chat_error(template: ChatTemplate | None) -> str | None:
-    from edgellm.errors import BadRequest
-
-    try:
-        if template is not None:
-            template.render([{"role": "user", "content": "Hello."}])
-    except BadRequest as error:
-        return str(error)
-    return None
 
 
 def _parameters(weights: Sequence[Matrices], spec: ModelSpec) -> int:
