@@ -10,9 +10,9 @@ from figures import Figures
 from limited import Say
 from loaded import loaded
 from numpy.typing import NDArray
-from small_networks import SMALL
 
 from edgellm.checkpoint.random import RandomCheckpoint
+from edgellm.checkpoint.random_models import SMALL
 from edgellm.cuda.driver import Driver
 from edgellm.doctor.static_memory import StaticMemory
 from edgellm.executor.base import FEEDBACK, Row, Step, Want
