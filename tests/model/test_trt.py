@@ -18,9 +18,9 @@ from trt_models import MAX_SEQ_LEN, InterpretedModel, emitted, trt_api
 
 from edgellm.checkpoint import Checkpoint, open_checkpoint
 from edgellm.checkpoint.random import Quant, RandomCheckpoint
+from edgellm.checkpoint.random_models import model_of
 from edgellm.errors import BuildError
 from edgellm.model import weights
-from edgellm.model.spec import ModelSpec
 from edgellm.tensorrt.api import Api
 
 pytestmark = pytest.mark.tensorrt
@@ -112,18 +112,8 @@ def test_an_awq_network_computes_the_formula(group: int, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("quant", ["int4", "int8", "fp16"])
 def test_an_odd_vocabulary(quant: Quant) -> None:
-    spec = ModelSpec(
-        architecture="Qwen3ForCausalLM",
-        vocab_size=97,
-        hidden_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_size=64,
-        intermediate_size=192,
-        norm_epsilon=1e-6,
-        max_position_embeddings=64,
-        qk_layernorm=True,
+    spec = model_of(
+        "qwen3", vocabulary=97, hidden=128, layers=1, heads=(2, 1), head=64, inner=192, context=64
     )
     _assert_computes(RandomCheckpoint(spec, name="odd", quant=quant))
 

@@ -23,9 +23,9 @@ import numpy as np
 import sample_checks as sampling
 from loaded import loaded
 from runner import Arrays, Runner, poisoned
-from small_networks import SMALL
 
 from edgellm.checkpoint.random import RandomCheckpoint
+from edgellm.checkpoint.random_models import SMALL
 from edgellm.cuda.driver import Driver
 from edgellm.cuda.launch import At, Device, Kernel, Launch
 from edgellm.executor.base import FEEDBACK, Row, Step, Want
