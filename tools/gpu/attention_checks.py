@@ -43,6 +43,15 @@ def shape(
     return AttentionShape(heads, kv_heads, size, max_seq, kind, size**-0.5, norm, EPSILON)
 
 
+BUCKETS: Final = (1, 3, 8, 16)
+"""Rows of a step."""
+
+CHUNKS: Final = ((16, 1, 0), (64, 50, 77), (256, 256, 0), (128, 100, -100))
+"""A bucket of tokens, how many of them there are, the first one's position; negative: from the slot's end."""
+
+WIDTHS: Final = ((576, 576), (4096, 4096), (3584, 3584), (896, 960))
+"""Of the residual, and of attention's output."""
+
 SHAPES: Final = (
     shape(9, 3, 64, 1024),
     shape(32, 8, 128, 1024, norm=True),
@@ -178,11 +187,18 @@ def unchanged(before: dict[str, Array], after: dict[str, Array], new: Sequence[t
     return True
 
 
-def check_decode(runner: Runner, rng: np.random.Generator) -> Iterator[tuple[str, bool]]:
+def check_decode(
+    runner: Runner,
+    rng: np.random.Generator,
+    shapes: Sequence[AttentionShape] = SHAPES,
+    *,
+    buckets: Sequence[int] = BUCKETS,
+    cuts: Sequence[tuple[int, int]] = CUTS,
+) -> Iterator[tuple[str, bool]]:
     """Rows of all lengths, nobody's rows among them; each twice, since counters must be left as they were."""
-    for shape in SHAPES:
+    for shape in shapes:
         long = shape.max_seq > 4096
-        for rows in (1, 16) if long else (1, 3, 8, 16):
+        for rows in (1, 16) if long else buckets:
             slots = 2 if long else rows + 2
             layer = Layer(rng, shape, slots)
             table = np.zeros(rows, ROW)
@@ -196,7 +212,7 @@ def check_decode(runner: Runner, rng: np.random.Generator) -> Iterator[tuple[str
             for row in table[table["slot"] >= 0]:
                 layer.hide(row["slot"], row["past"])
             qkv = rng.standard_normal((rows, shape.qkv_width), np.float32).astype("<f2")
-            for sm, multiprocessors in CUTS:
+            for sm, multiprocessors in cuts:
                 device = replace(runner.device, sm=sm, multiprocessors=multiprocessors)
                 size = decode_workspace(shape, rows=rows, device=device)
                 workspace = np.full(size, 0xFF, np.uint8)
@@ -208,7 +224,9 @@ def check_decode(runner: Runner, rng: np.random.Generator) -> Iterator[tuple[str
                     "workspace": workspace,
                 }
                 launches = decode_launches(shape, layer, rows, device)
-                after = runner.run(launches * 2, before)
+                # The second time is another step's: it may not start before the first has ended.
+                again = [replace(each, early=False) for each in launches]
+                after = runner.run([*launches, *again], before)
                 error = append = 0.0
                 new = []
                 for i, row in enumerate(table):
@@ -250,10 +268,16 @@ def describe(shape: AttentionShape) -> str:
     return f"{shape.heads}/{shape.kv_heads}×{shape.head_size} of {shape.max_seq} {shape.kv}{norm}"
 
 
-def check_prefill(runner: Runner, rng: np.random.Generator) -> Iterator[tuple[str, bool]]:
+def check_prefill(
+    runner: Runner,
+    rng: np.random.Generator,
+    shapes: Sequence[AttentionShape] = SHAPES,
+    chunks: Sequence[tuple[int, int, int]] = CHUNKS,
+) -> Iterator[tuple[str, bool]]:
     """Chunks at the start and in the middle of a slot, full buckets and nearly empty ones."""
-    for shape in SHAPES:
-        for tokens, count, past in ((16, 1, 0), (64, 50, 77), (256, 256, 0), (128, 100, shape.max_seq - 100)):
+    for shape in shapes:
+        for tokens, count, at in chunks:
+            past = at % shape.max_seq
             layer = Layer(rng, shape, 2)
             chunk = np.zeros(1, CHUNK)
             chunk["slot"], chunk["past"], chunk["count"] = 1, past, count
@@ -288,7 +312,9 @@ def prefill_launches(
     ]
 
 
-def check_elementwise(runner: Runner, rng: np.random.Generator) -> Iterator[tuple[str, bool]]:
+def check_elementwise(
+    runner: Runner, rng: np.random.Generator, widths: Sequence[tuple[int, int]] = WIDTHS
+) -> Iterator[tuple[str, bool]]:
     """Embedding of every kind of table, RMSNorm, the last row, columns in another order."""
     vocab = 500
     for hidden, weight in tables(rng, vocab):
@@ -335,7 +361,7 @@ def check_elementwise(runner: Runner, rng: np.random.Generator) -> Iterator[tupl
         good &= np.allclose(after["chunk_out"][:3], w[ids[:3]], rtol=1e-6, atol=1e-7)
         good &= bool(np.isnan(after["chunk_out"][3:]).all())
         yield f"embed {table.kind} {hidden} g{table.group} {'ok' if good else 'FAIL'}", good
-    for hidden, width in ((576, 576), (4096, 4096), (3584, 3584), (896, 960)):
+    for hidden, width in widths:
         x = (rng.standard_normal((6, hidden), np.float32) * 30).astype("<f4")
         h = rng.standard_normal((6, width), np.float32).astype("<f2")
         gain = rng.normal(1, 0.3, hidden).astype("<f4")
@@ -394,16 +420,22 @@ def tables(rng: np.random.Generator, vocab: int) -> Iterator[tuple[int, Weight]]
         yield hidden, Grouped("embed", (vocab, hidden), width, group, asymmetric, groups.rows)
 
 
-def prepare(runner: Runner) -> None:
+def prepare(
+    runner: Runner,
+    shapes: Sequence[AttentionShape] = SHAPES,
+    *,
+    buckets: Sequence[int] = BUCKETS,
+    cuts: Sequence[tuple[int, int]] = CUTS,
+) -> None:
     """Compile side by side what is needed one after the other."""
     rng = np.random.default_rng(0)
     launches: list[Launch] = []
-    for kind in SHAPES:
+    for kind in shapes:
         layer = Layer(rng, replace(kind, max_seq=16), 1)
         launches += prefill_launches(kind, layer, 16)
-        for sm, multiprocessors in CUTS:
+        for sm, multiprocessors in cuts:
             device = replace(runner.device, sm=sm, multiprocessors=multiprocessors)
-            for rows in (1, 3, 8, 16):
+            for rows in buckets:
                 launches += decode_launches(kind, layer, rows, device)
     runner.prepare(launches)
 
