@@ -67,13 +67,16 @@ struct Cluster {
   std::mutex lock;
   std::condition_variable changed;
   Block* blocks[MOST_CLUSTER] = {};
-  int size = 1, expected = 0, arrived = 0, unfinished = 0, asleep = 0;
+  int size = 1, threads = 0, unfinished = 0, asleep = 0;
+  int arrived = 0, left = 0, gone = 0;  // left: of those that have arrived; gone: without having to
+
   u64 phase = 0;
   bool failed = false;
 
   void complete_if_all() {
-    if (expected > 0 && arrived == expected) {
-      arrived = asleep = 0;
+    if (arrived && arrived + gone == threads) {
+      gone += left;
+      arrived = left = asleep = 0;
       phase++;
       changed.notify_all();
     }
@@ -642,7 +645,7 @@ static void lane_body() {
   b.cluster_waits = self.waits;
   if (b.cluster->size > 1) {
     std::lock_guard guard(b.cluster->lock);
-    b.cluster->expected--;
+    (self.arrived && self.phase == b.cluster->phase ? b.cluster->left : b.cluster->gone)++;
     b.cluster->complete_if_all();
   }
   Barrier& all = b.barriers[0];
@@ -943,7 +946,7 @@ extern "C" int machine_launch(const Request* request) {
     launch.clusters.push_back(std::make_unique<Cluster>());
     Cluster& cluster = *launch.clusters.back();
     cluster.size = cluster.unfinished = launch.cluster_size;
-    cluster.expected = launch.cluster_size * request->threads;
+    cluster.threads = launch.cluster_size * request->threads;
     launch.order.push_back(i);
   }
   u64 random = request->seed;
