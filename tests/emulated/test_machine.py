@@ -184,7 +184,8 @@ template <int BLOCKS> __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bo
   float* const brought = (float*)shared;
   const int i = threadIdx.x;
   cluster_barrier();
-  store_cluster(cluster_address(shared_address(brought + blockIdx.x % BLOCKS * 64 + i), 0), x[blockIdx.x * 64 + i]);
+  const u32 here = shared_address(brought + blockIdx.x % BLOCKS * 64 + i);
+  store_cluster(cluster_address(here, 0), x[blockIdx.x * 64 + i]);
   cluster_arrive();
   if (blockIdx.x % BLOCKS) return;
   cluster_wait();

@@ -877,6 +877,12 @@ struct Worker {
       }
       run(launch, *launch.clusters[which], size > 1 ? number : 0, block);
     }
+    // Nobody waits for blocks that will not start any more.
+    for (int i = 0; launch.failed && i < clusters; i++) {
+      std::lock_guard guard(launch.clusters[i]->lock);
+      launch.clusters[i]->failed = true;
+      launch.clusters[i]->changed.notify_all();
+    }
   }
 };
 
