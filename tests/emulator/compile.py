@@ -24,15 +24,28 @@ from typing import Final
 
 from edgellm.cuda.cubin import EM_CUDA
 from edgellm.cuda.launch import Kernel
-from edgellm.cuda.nvrtc import Program, read_program
+from edgellm.cuda.nvrtc import SOURCES, Program, read_program
 
 HERE: Final = Path(__file__).parent
 FLAGS: Final = (
-    *("-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-Wno-narrowing", "-Wno-attributes"),
+    *("-std=c++17", "-Og", "-fPIC", "-shared", "-w", "-Wno-narrowing", "-Wno-attributes"),
     # Nothing is contracted: what a kernel says once is rounded once.
-    *("-ffp-contract=off", "-fno-strict-aliasing", "-fcf-protection=none"),
+    *(
+        "-ffp-contract=off",
+        "-fno-strict-aliasing",
+        "-fsanitize=alignment",
+        "-fcf-protection=none",
+        "-fno-exceptions",
+    ),
+    # A call in front of every access to memory: the machine's own, not libtsan's.
+    *("-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"),
+    "-nodefaultlibs",
+    # Libraries hold kernels of the same names, for other devices: none takes another one's.
+    *("-fvisibility=hidden", "-fno-gnu-unique"),
 )
-MACHINE_FLAGS: Final = ("-std=c++17", "-O2", "-fPIC", "-shared", "-pthread", "-fcf-protection=none")
+LIBRARIES: Final = ("-lm", "-lc", "-lgcc")
+MACHINE_FLAGS: Final = ("-std=c++17", "-O2", "-fPIC", "-shared", "-pthread", "-fvisibility-inlines-hidden")
+LIBRARY: Final = "kernels.so"
 PROCESSES: Final = 2
 MOST_TOGETHER: Final = 24
 """Kernels of one source that one g++ compiles."""
@@ -67,7 +80,7 @@ def directory() -> Path:
 @cache
 def machine() -> ctypes.CDLL:
     """The machine itself, which the kernels' libraries find their functions in."""
-    headers = [HERE / name for name in ("machine.hpp", "ptx.cuh")]
+    headers = [*sorted(HERE.glob("*.hpp")), HERE / "ptx.cuh"]
     source = HERE / "machine.cpp"
     key = _digest(*(path.read_text() for path in (source, *headers)), *MACHINE_FLAGS)
     path = directory() / f"machine-{key}.so"
@@ -77,16 +90,21 @@ def machine() -> ctypes.CDLL:
 
 
 class EmulatedCompiler:
-    """Compiles kernels for the emulator; what its counterpart needs NVRTC for, this needs g++ for."""
+    """Compiles kernels for the emulator; what its counterpart needs NVRTC for, this needs g++ for.
 
-    def __init__(self, cache_directory: Path | None = None) -> None:
-        self._directory = cache_directory or directory()
+    Args:
+        sources: where the kernels' files are.
+    """
+
+    def __init__(self, sources: Path = SOURCES) -> None:
+        self._sources = sources
+        self._directory = directory()
 
     def cubins(
         self, kernels: Iterable[Kernel], sm: int, progress: Callable[[float], None] = lambda _done: None
     ) -> dict[Kernel, bytes]:
         """An image of each kernel, see `read_image`."""
-        programs = [read_program(kernel, sm) for kernel in dict.fromkeys(kernels)]
+        programs = [read_program(kernel, sm, self._sources) for kernel in dict.fromkeys(kernels)]
         keys = {program.kernel: _key(program) for program in programs}
         # Kernels that differ in launch alone share an entry.
         missing = list(
@@ -105,22 +123,42 @@ class EmulatedCompiler:
 
     def _compile(self, programs: Sequence[Program]) -> None:
         keys = [_key(program) for program in programs]
-        library = self._directory / f"batch-{_digest(*keys)}.so"
-        with tempfile.TemporaryDirectory(dir=self._directory, prefix=".build-") as folder:
-            for name, text in programs[0].headers.items():
-                replacement = HERE / name
-                (Path(folder) / name).write_text(replacement.read_text() if replacement.exists() else text)
-            (Path(folder) / "machine.hpp").write_text((HERE / "machine.hpp").read_text())
-            source = programs[0].kernel.source
-            (Path(folder) / source).write_text(programs[0].text)
-            main = Path(folder) / "entries.cpp"
-            main.write_text(_entries(source, programs[0].text, [each.kernel.expression for each in programs]))
-            _compile([*FLAGS, f"-D__CUDA_ARCH__={programs[0].sm * 10}", str(main)], library)
+        batch = self._directory / f"batch-{_digest(*keys)}"
+        if not batch.exists():
+            folder = Path(tempfile.mkdtemp(dir=self._directory, prefix=".batch-"))
+            first = programs[0]
+            texts = {first.kernel.source: first.text, **first.headers, "machine.hpp": "", "ptx.cuh": ""}
+            for name, text in texts.items():
+                (folder / name).write_text(text or (HERE / name).read_text())
+            entries = _entries(first.kernel.source, first.text, [each.kernel.expression for each in programs])
+            (folder / "entries.cpp").write_text(entries)
+            (folder / "flags").write_text(f"-D__CUDA_ARCH__={first.sm * 10}")
+            _compile_batch(folder, LIBRARY)
+            try:
+                folder.replace(batch)
+            except OSError:  # another process was faster
+                shutil.rmtree(folder)
         for key in keys:
             link = self._directory / f".{key}.{os.getpid()}"
             link.unlink(missing_ok=True)
-            link.symlink_to(library.name)
+            link.symlink_to(f"{batch.name}/{LIBRARY}")
             link.replace(self._path(key))
+
+
+def place_of(library: Path, address: str) -> str:
+    """Lines of the source behind an address in a library, the innermost first; empty without addr2line.
+
+    The library is compiled again with what it takes to know: most need never say.
+    """
+    tool = shutil.which("addr2line")
+    if tool is None:
+        return ""
+    known = library.parent / "with_lines.so"
+    if not known.exists():
+        _compile_batch(library.parent, known.name, "-g")
+    command = [tool, "-i", "-e", str(known), address]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    return " < ".join(word.rpartition("/")[2] for word in said if word.rpartition(":")[2].isdigit())
 
 
 def read_image(image: bytes) -> tuple[Path, str]:
@@ -198,7 +236,8 @@ def _entries(source: str, text: str, expressions: Sequence[str]) -> str:
             f"  static constexpr int cluster[] = {{{one.cluster}}};",
             "};",
         ]
-    lines += ["thread_local char touched;", "}", 'extern "C" void* machine_touch() { return &touched; }']
+    lines += ["thread_local char touched;", "}", "#pragma GCC visibility push(default)"]
+    lines += ['extern "C" void* machine_touch() { return &touched; }']
     lines += ['extern "C" const machine::Entry machine_entries[] = {']
     for name, expression in zip(names, expressions, strict=True):
         bounds = f"{name}_bounds{expression[len(name) :]}"
@@ -234,6 +273,11 @@ def _digest(*parts: str) -> str:
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part.encode())
     return digest.hexdigest()[:32]
+
+
+def _compile_batch(folder: Path, name: str, *more: str) -> None:
+    arch = (folder / "flags").read_text()
+    _compile([*FLAGS, arch, *more, str(folder / "entries.cpp"), *LIBRARIES], folder / name)
 
 
 def _compile(arguments: Sequence[str], target: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -15,7 +17,7 @@ from fake_driver import Status
 from numpy.typing import NDArray
 
 from edgellm.cuda.launch import Device
-from emulator.compile import machine, read_image
+from emulator.compile import machine, place_of, read_image
 
 POISON: Final = 0xFF
 """Fills memory that is allocated: NaN as float16 and float32."""
@@ -51,6 +53,8 @@ class _Request(ctypes.Structure):
         ("shared", ctypes.c_uint64),
         ("arguments", ctypes.c_void_p),
         ("seed", ctypes.c_uint64),
+        ("number", ctypes.c_uint32),
+        ("chain", ctypes.c_uint32),
         ("early", ctypes.c_int),
         ("workers", ctypes.c_int),
         ("copies", ctypes.c_int),
@@ -65,6 +69,7 @@ class _Function:
     touch: int
     kinds: str
     name: str
+    library: Path
     shared: int = UNASKED_SHARED
 
 
@@ -110,6 +115,8 @@ class EmulatedDriver:
         self._handles = itertools.count(1)
         self._blocks: dict[int, NDArray[np.uint8]] = {}
         self._device_bytes = 0
+        self._number = 0
+        self._chain = 0
         self._functions: dict[int, _Function] = {}
         self._modules: dict[int, dict[str, _Function]] = {}
         self._events: dict[int, float] = {}
@@ -215,6 +222,7 @@ class EmulatedDriver:
         return (Status.CUDA_SUCCESS,)
 
     def _move(self, to: int, source: int, size: int) -> None:
+        self._chain = 0
         ctypes.memmove(to, source, size)
 
     def cuMemcpyHtoD(self, to: int, source: int, size: int) -> tuple[Any, ...]:
@@ -261,6 +269,7 @@ class EmulatedDriver:
         self._require(to, size)
 
         def work() -> None:
+            self._chain = 0
             ctypes.memset(to, value, size)
 
         return self._put(work)
@@ -275,6 +284,7 @@ class EmulatedDriver:
 
     def cuStreamSynchronize(self, stream: Any) -> tuple[Any, ...]:
         assert self._capturing is None, "waits for a stream that is being captured"
+        self._chain = 0
         return (Status.CUDA_SUCCESS,)
 
     def cuEventCreate(self, flags: int) -> tuple[Any, ...]:
@@ -312,7 +322,7 @@ class EmulatedDriver:
             at += ctypes.sizeof(_Entry)
         assert touch is not None
         handle = next(self._handles)
-        self._modules[handle] = {expression: _Function(at, touch, entry.kinds.decode(), expression)}
+        self._modules[handle] = {expression: _Function(at, touch, entry.kinds.decode(), expression, path)}
         return (Status.CUDA_SUCCESS, handle)
 
     def cuModuleUnload(self, module: int) -> tuple[Any, ...]:
@@ -367,9 +377,10 @@ class EmulatedDriver:
         self.launches[name] = self.launches.get(name, 0) + 1
         error = ctypes.create_string_buffer(1024)
         places = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(each) for each in arguments))
-        seed = self.seed
-        if seed:
-            seed = (seed * 0x9E3779B97F4A7C15 + sum(self.launches.values())) % 2**64
+        self._number += 1
+        if not early or not self._chain:
+            self._chain = self._number
+        seed = (self.seed * 0x9E3779B97F4A7C15 + self._number) % 2**64 if self.seed else 0
         request = _Request(
             function.entry,
             function.touch,
@@ -378,6 +389,8 @@ class EmulatedDriver:
             shared,
             ctypes.addressof(places),
             seed,
+            self._number,
+            self._chain,
             early,
             self.workers,
             COPIES[self.copies],
@@ -385,7 +398,7 @@ class EmulatedDriver:
             len(error),
         )
         if self._machine.machine_launch(ctypes.byref(request)):
-            raise EmulationError(error.value.decode())
+            raise EmulationError(_with_place(error.value.decode(), function.library))
 
     # Graphs.
 
@@ -412,9 +425,17 @@ class EmulatedDriver:
     cuGraphExecDestroy = cuGraphDestroy
 
     def cuGraphLaunch(self, graph: int, stream: Any) -> tuple[Any, ...]:
+        self._chain = 0
         for work in self._graphs[graph]:
             self._put(work)
         return (Status.CUDA_SUCCESS,)
+
+
+def _with_place(message: str, library: Path) -> str:
+    """The message with lines of the source in the place of an address in the library."""
+    found = re.search(r" \[\+(0x[0-9a-f]+)\]$", message)
+    place = place_of(library, found.group(1)) if found else ""
+    return f"{message[: found.start()]} [{place}]" if found and place else message
 
 
 def by_name(launches: Mapping[str, int]) -> str:

@@ -1,6 +1,5 @@
 // A CUDA machine on a CPU: blocks are threads of the operating system, their CUDA threads fibers. See __init__.py.
 
-#include <dlfcn.h>
 #include <link.h>
 #include <sys/mman.h>
 
@@ -12,117 +11,21 @@
 #include <functional>
 #include <memory>
 #include <mutex>
-#include <shared_mutex>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "fibers.hpp"
+#include "memory.hpp"
 #include "ptx.cuh"
+#include "races.hpp"
 
 namespace machine {
 
-extern "C" {
-__thread Lane* machine_lane = nullptr;
-__thread Place machine_place = {};
-}
-
 constexpr int WARP = 32, MOST_WARPS = 32, NAMED = 16, MOST_CLUSTER = 16;
 constexpr std::size_t PAGE = 4096, STACK = 128 << 10, FENCE = 4096;
-constexpr u8 POISON = 0xff;  // NaN as float16 and float32
+constexpr u8 POISON = 0xff;                               // NaN as float16 and float32
 constexpr u32 STATIC_WINDOW = 1u << 23, PEER = 1u << 31;  // of shared addresses
-
-// ---- fibers
-
-// Saves what a call must keep on the stack, whose address goes to *save, and goes on where `to` was saved.
-extern "C" void machine_switch(void** save, void* to);
-#if defined(__x86_64__)
-asm(R"(
-.text
-.type machine_switch, @function
-machine_switch:
-  push %rbp
-  push %rbx
-  push %r12
-  push %r13
-  push %r14
-  push %r15
-  mov %rsp, (%rdi)
-  mov %rsi, %rsp
-  pop %r15
-  pop %r14
-  pop %r13
-  pop %r12
-  pop %rbx
-  pop %rbp
-  ret
-.size machine_switch, .-machine_switch
-)");
-static void* new_stack(u8* top, void (*entry)()) {
-  void** at = (void**)(std::uintptr_t(top) & ~std::uintptr_t(15));
-  *--at = nullptr;  // where `entry` would return to
-  *--at = (void*)entry;
-  for (int i = 0; i < 6; i++) *--at = nullptr;
-  return at;
-}
-#elif defined(__aarch64__)
-asm(R"(
-.text
-.type machine_switch, %function
-machine_switch:
-  sub sp, sp, #160
-  stp x19, x20, [sp, #0]
-  stp x21, x22, [sp, #16]
-  stp x23, x24, [sp, #32]
-  stp x25, x26, [sp, #48]
-  stp x27, x28, [sp, #64]
-  stp x29, x30, [sp, #80]
-  stp d8, d9, [sp, #96]
-  stp d10, d11, [sp, #112]
-  stp d12, d13, [sp, #128]
-  stp d14, d15, [sp, #144]
-  mov x9, sp
-  str x9, [x0]
-  mov sp, x1
-  ldp x19, x20, [sp, #0]
-  ldp x21, x22, [sp, #16]
-  ldp x23, x24, [sp, #32]
-  ldp x25, x26, [sp, #48]
-  ldp x27, x28, [sp, #64]
-  ldp x29, x30, [sp, #80]
-  ldp d8, d9, [sp, #96]
-  ldp d10, d11, [sp, #112]
-  ldp d12, d13, [sp, #128]
-  ldp d14, d15, [sp, #144]
-  add sp, sp, #160
-  ret
-.size machine_switch, .-machine_switch
-)");
-static void* new_stack(u8* top, void (*entry)()) {
-  void** at = (void**)(std::uintptr_t(top) & ~std::uintptr_t(15)) - 20;
-  std::fill(at, at + 20, nullptr);
-  at[11] = (void*)entry;  // x30
-  return at;
-}
-#else
-#error "fibers are written for x86-64 and aarch64"
-#endif
-
-// ---- device memory
-
-struct Region {
-  std::uintptr_t begin, end;
-};
-static std::shared_mutex regions_lock;
-static std::vector<Region> regions;  // in the order of addresses
-static std::atomic<u64> regions_version{1};
-
-static bool find_region(std::uintptr_t at, std::size_t size, Region& found) {
-  std::shared_lock lock(regions_lock);
-  auto next = std::upper_bound(regions.begin(), regions.end(), at, [](auto a, const Region& r) { return a < r.begin; });
-  if (next == regions.begin()) return false;
-  found = *--next;
-  return at + size <= found.end;
-}
 
 // ---- what runs
 
@@ -131,14 +34,18 @@ struct Copy {
   const u8* from;  // null: zeros
 };
 
-struct Fiber : Lane {
+struct Fiber {
+  u32 thread, in_warp;
   void* stack_pointer;
   Warp* warp;
   const char* what;  // it waits in
   Collective work;
   u32 mask;
-  bool arrived;     // at the cluster's barrier, and has not waited
+  bool arrived;      // at the cluster's barrier, and has not waited
+  bool with_memory;  // what was written before it arrived is seen by who waits
   u64 phase, waits;  // of it
+  Moment now;
+  u32 team;  // the named barrier at which it arrived last
   std::vector<Copy> copies;
   std::vector<std::size_t> groups;  // ends of those that were committed, in `copies`
 };
@@ -182,6 +89,7 @@ struct Request {
   u64 shared;
   void* const* arguments;
   u64 seed;
+  u32 number, chain;  // of this launch, and of the first one that may still be under way until wait_for_previous
   int early, workers, copies;
   char* error;
   u64 error_size;
@@ -220,6 +128,10 @@ struct Block {
   std::size_t dynamic_size;
   u8* fixed;  // static shared memory
   std::size_t fixed_size;
+  std::vector<Word> words;  // of both, dynamic first
+  u32 first_epoch;
+  std::uintptr_t stacks, stacks_end, module, module_end;
+  std::uintptr_t where;  // in the module, of what a lane does now
   void* main_stack;
   u64 random;
   u32 favourites;
@@ -234,9 +146,11 @@ struct Block {
   }
 };
 
+static Memory memory;
 static thread_local Block* block_here = nullptr;
+static thread_local Fiber* fiber_here = nullptr;
 
-static Fiber& me() { return *static_cast<Fiber*>(machine_lane); }
+static Fiber& me() { return *fiber_here; }
 
 static int nth_bit(u32 bits, u32 n) {
   while (n--) bits &= bits - 1;
@@ -269,7 +183,7 @@ static void switch_out() {
   Fiber& self = me();
   Fiber* const next = pick(b);
   if (next == &self) return;
-  machine_lane = next;
+  fiber_here = next;
   machine_switch(&self.stack_pointer, next ? next->stack_pointer : b.main_stack);
 }
 
@@ -280,15 +194,20 @@ static void switch_out() {
   std::vsnprintf(text, sizeof text, format, rest);
   va_end(rest);
   Block& b = *block_here;
-  char place[96];
+  char place[96], where[32] = "";
   std::snprintf(place, sizeof place, "block (%u, %u, %u), thread %u: ", b.index.x, b.index.y, b.index.z,
-                machine_lane->thread.x);
-  b.launch->fail(std::string(place) + text);
+                fiber_here->thread);
+  // Behind the call that led here.
+  if (b.where >= b.module && b.where < b.module_end)
+    std::snprintf(where, sizeof where, " [+0x%zx]", std::size_t(b.where - b.module - 1));
+  b.launch->fail(std::string(place) + text + where);
   b.failed = true;
   void* nowhere;
   machine_switch(&nowhere, b.main_stack);
   __builtin_unreachable();
 }
+
+#define NOTE_PLACE() (block_here->where = std::uintptr_t(__builtin_return_address(0)))
 
 static void wait_in(const char* what) {
   me().what = what;
@@ -306,9 +225,18 @@ static void maybe_yield() {
 
 // ---- collectives
 
-extern "C" Exchange* machine_exchange() { return &me().warp->exchanges[machine_lane->in_warp]; }
+extern "C" u32 machine_thread() { return fiber_here->thread; }
+extern "C" uint3 machine_block() { return block_here->index; }
+extern "C" uint3 machine_grid() {
+  const u32* const grid = block_here->launch->request.grid;
+  return {grid[0], grid[1], grid[2]};
+}
+extern "C" u32 machine_threads() { return block_here->launch->request.threads; }
+
+extern "C" Exchange* machine_exchange() { return &me().warp->exchanges[fiber_here->in_warp]; }
 
 extern "C" Exchange* machine_meet(u32 mask, const char* what, Collective work) {
+  NOTE_PLACE();
   Fiber& self = me();
   Warp& w = *self.warp;
   const u32 own = 1u << self.in_warp;
@@ -322,7 +250,7 @@ extern "C" Exchange* machine_meet(u32 mask, const char* what, Collective work) {
     for (u32 left = mask; left; left &= left - 1) {
       const Fiber& other = w.lanes[__builtin_ctz(left)];
       if (other.mask != mask || other.work != work || (other.what != what && std::strcmp(other.what, what)))
-        fail("%s with mask %08x, while thread %u is in %s with mask %08x", what, mask, other.thread.x, other.what,
+        fail("%s with mask %08x, while thread %u is in %s with mask %08x", what, mask, other.thread, other.what,
              other.mask);
     }
     w.waiting &= ~mask;
@@ -330,6 +258,7 @@ extern "C" Exchange* machine_meet(u32 mask, const char* what, Collective work) {
     block_here->wake(w, mask & ~own);
     maybe_yield();
   }
+  if (!work && (mask | w.gone) == ~0u) self.now.warp++;
   return &w.exchanges[self.in_warp];
 }
 
@@ -345,7 +274,8 @@ extern "C" void machine_mma(Exchange* lanes, u32) {
     for (int i = 0; i < 2; i++) {
       const int shift = 16 * i;
       a[g][2 * t + i] = half_to_float(u16(w[0] >> shift)), a[g + 8][2 * t + i] = half_to_float(u16(w[1] >> shift));
-      a[g][2 * t + 8 + i] = half_to_float(u16(w[2] >> shift)), a[g + 8][2 * t + 8 + i] = half_to_float(u16(w[3] >> shift));
+      a[g][2 * t + 8 + i] = half_to_float(u16(w[2] >> shift)),
+                       a[g + 8][2 * t + 8 + i] = half_to_float(u16(w[3] >> shift));
       b[2 * t + i][g] = half_to_float(u16(w[4] >> shift)), b[2 * t + 8 + i][g] = half_to_float(u16(w[5] >> shift));
       c[g][2 * t + i] = own[i], c[g + 8][2 * t + i] = own[2 + i];
     }
@@ -355,7 +285,8 @@ extern "C" void machine_mma(Exchange* lanes, u32) {
       for (int column = 0; column < 8; column++) c[row][column] += double(a[row][k] * b[k][column]);  // exact
   for (int lane = 0; lane < WARP; lane++) {
     const int g = lane / 4, t = lane % 4;
-    const float own[4] = {float(c[g][2 * t]), float(c[g][2 * t + 1]), float(c[g + 8][2 * t]), float(c[g + 8][2 * t + 1])};
+    const float own[4] = {float(c[g][2 * t]), float(c[g][2 * t + 1]), float(c[g + 8][2 * t]),
+                          float(c[g + 8][2 * t + 1])};
     std::memcpy(lanes[lane].out, own, 16);
   }
 }
@@ -371,6 +302,7 @@ static void release(Block& b, Barrier& barrier) {
 }
 
 extern "C" void machine_barrier(int name, int threads) {
+  NOTE_PLACE();
   Block& b = *block_here;
   Fiber& self = me();
   if (name < 0 || name >= NAMED) fail("named barrier %d: there are 1 … 15", name);
@@ -379,6 +311,7 @@ extern "C" void machine_barrier(int name, int threads) {
   if (barrier.arrived && barrier.threads != threads)
     fail("named barrier %d of %d threads; others call it with %d", name, threads, barrier.threads);
   barrier.threads = threads;
+  if (name) self.team = name;
   if (++barrier.arrived == (threads ? threads : b.live)) {
     release(b, barrier);
     maybe_yield();
@@ -386,12 +319,18 @@ extern "C" void machine_barrier(int name, int threads) {
     barrier.waiting[self.warp->index] |= 1u << self.in_warp;
     wait_in(name ? "a named barrier" : "__syncthreads");
   }
+  if (!name)
+    self.now.epoch++;
+  else
+    self.now.named = self.now.named >> 24 == u32(name) ? self.now.named + 1 : u32(name) << 24 | 1;
 }
 
 // ---- clusters
 
-extern "C" void machine_cluster_arrive(bool) {
+extern "C" void machine_cluster_arrive(bool with_memory) {
+  NOTE_PLACE();
   Fiber& self = me();
+  self.with_memory = with_memory;
   if (self.arrived) fail("arrives at the cluster's barrier a second time without having waited");
   self.arrived = true;
   Cluster& cluster = *block_here->cluster;
@@ -402,6 +341,7 @@ extern "C" void machine_cluster_arrive(bool) {
 }
 
 extern "C" void machine_cluster_wait() {
+  NOTE_PLACE();
   Fiber& self = me();
   if (!self.arrived) fail("waits at the cluster's barrier without having arrived");
   Block& b = *block_here;
@@ -416,9 +356,11 @@ extern "C" void machine_cluster_wait() {
   }
   self.arrived = false;
   self.waits++;
+  self.now.epoch += self.with_memory;
 }
 
 extern "C" u32 machine_cluster_address(u32 here, u32 rank) {
+  NOTE_PLACE();
   if (here & PEER) fail("cluster_address of what is such an address already");
   if (int(rank) >= block_here->cluster->size) fail("block %u of a cluster of %d", rank, block_here->cluster->size);
   return PEER | rank << 24 | here;
@@ -449,10 +391,12 @@ static u8* peer_at(u32 there, int size, const char* what) {
 }
 
 extern "C" void machine_load_cluster(void* to, u32 there, int size) {
+  NOTE_PLACE();
   std::memcpy(to, peer_at(there, size, "load_cluster"), size);
 }
 
 extern "C" void machine_store_cluster(u32 there, const void* from, int size) {
+  NOTE_PLACE();
   std::memcpy(peer_at(there, size, "store_cluster"), from, size);
 }
 
@@ -466,6 +410,7 @@ extern "C" void machine_dependents() {}
 extern "C" u8* machine_dynamic_shared() { return block_here->dynamic; }
 
 extern "C" u32 machine_shared_address(const void* p) {
+  NOTE_PLACE();
   Block& b = *block_here;
   const u8* const at = (const u8*)p;
   if (at >= b.dynamic && at <= b.dynamic + b.dynamic_size) return u32(at - b.dynamic);
@@ -474,26 +419,158 @@ extern "C" u32 machine_shared_address(const void* p) {
        b.dynamic_size);
 }
 
-extern "C" const void* machine_check_shared(const void* p, std::size_t size, std::size_t alignment, const char* what) {
-  return shared_at(*block_here, machine_shared_address(p), size, alignment, what);
+// ---- every access of a kernel
+
+static u32 team_of(Block& b, const Access& access) {
+  if (access.thread == EVERYWHERE) return 0;
+  return b.warps[access.warp()]->lanes[access.thread & SEVERAL ? 0 : access.thread % WARP].team;
 }
 
-extern "C" void machine_check_global(const void* p, std::size_t size, std::size_t alignment, const char* what) {
-  static thread_local Region last{};
-  static thread_local u64 version = 0;
-  const std::uintptr_t at = std::uintptr_t(p);
-  const u64 now = regions_version.load(std::memory_order_relaxed);
-  if (version != now || at < last.begin || at + size > last.end) {
-    version = now;
-    if (!find_region(at, size, last)) {
-      last = {};
-      Region near{};
-      if (find_region(at, 0, near))
-        fail("%s beyond an allocation of %zu bytes: %zu bytes at %zu", what, near.end - near.begin, size, at - near.begin);
-      fail("%s of %zu bytes at %p, where there is no allocation", what, size, p);
+static void access_shared(Block& b, u32 address, std::size_t size, bool write, bool atomic, bool pending) {
+  Fiber& self = me();
+  const char* const what = write ? "writes" : "reads";
+  const u8* const at = shared_at(b, address, size, 1, what);
+  const std::size_t first = address < STATIC_WINDOW ? address : (b.dynamic_size + 3) / 4 * 4 + address - STATIC_WINDOW;
+  for (std::size_t begin = first; begin < first + size;) {
+    const std::size_t end = std::min(first + size, begin / 4 * 4 + 4);
+    const u8 bytes = u8(((1u << (end - begin)) - 1) << begin % 4);
+    Word& word = b.words[begin / 4];
+    const u8* const here = at + (begin - first) - begin % 4;
+    const bool known = word.write.bytes & bytes && word.write.when.epoch >= b.first_epoch;
+    if (known && word.on_its_way && !pending)
+      fail("%s at shared address %u, where a copy_async of thread %u is under way", what, address, word.write.thread);
+    if (known && word.agreed & bytes) {
+      u32 value = 0, mask = 0;
+      std::memcpy(&value, here, 4);
+      for (int i = 0; i < 4; i++) mask |= word.agreed >> i & 1 ? 0xffu << 8 * i : 0;
+      if ((value ^ word.value) & mask)
+        fail("%s at shared address %u, where threads, %u among them, wrote different values without a barrier", what,
+             address, word.write.thread);
     }
+    if (known && !word.write.before(self.thread, self.now, team_of(b, word.write)) && !(atomic && word.atomic)) {
+      if (!write || pending || word.atomic || atomic)
+        fail("%s at shared address %u, without a barrier since thread %u wrote there", what, address,
+             word.write.thread);
+      // Fine if it writes the same.
+      std::memcpy(&word.value, here, 4);
+      word.agreed = word.write.bytes & bytes;
+    } else if (write) {
+      word.agreed = 0;
+    }
+    if (write) {
+      const Access& read = word.read;
+      if (read.bytes & bytes && read.when.epoch >= b.first_epoch &&
+          !read.before(self.thread, self.now, team_of(b, read))) {
+        if (read.thread & SEVERAL)
+          fail("writes at shared address %u, without a barrier since several threads read there", address);
+        fail("writes at shared address %u, without a barrier since thread %u read there", address, read.thread);
+      }
+      word.note_write(self.thread, self.now, bytes, atomic, pending);
+    } else {
+      word.note_read(self.thread, self.now, bytes);
+    }
+    begin = end;
   }
-  if (at % alignment) fail("%s of %zu bytes at %p, no multiple of %zu", what, size, p, alignment);
+}
+
+static void access_global(std::uintptr_t at, std::size_t size, std::size_t alignment, bool write) {
+  static thread_local Region* last = nullptr;
+  static thread_local u64 version = 0;
+  Block& b = *block_here;
+  if (version != memory.version || !last || !last->holds(at, size)) {
+    version = memory.version;
+    last = memory.find(at);
+    if (last && !last->holds(at, size)) {
+      const Region near = {last->begin, last->end, {}};
+      last = nullptr;
+      fail("%s %zu bytes at %zu of an allocation of %zu", write ? "writes" : "reads", size, at - near.begin,
+           near.end - near.begin);
+    }
+    if (!last) fail("%s %zu bytes at %p, where there is no allocation", write ? "writes" : "reads", size, (void*)at);
+  }
+  if (at % alignment)
+    fail("%s %zu bytes at %p, which is no multiple of %zu", write ? "writes" : "reads", size, (void*)at, alignment);
+  const Request& request = b.launch->request;
+  u32* const first = last->written.data() + (at - last->begin) / 4;
+  u32* const end = last->written.data() + (at + size + 3 - last->begin) / 4;
+  const bool alone = !request.early || b.waited;
+  if (write) {
+    if (!alone) fail("writes to the device's memory before wait_for_previous");
+    std::fill(first, end, request.number);
+  } else if (!alone) {
+    for (u32* word = first; word < end; word++)
+      if (*word >= request.chain)
+        fail("reads, before wait_for_previous, what the launch %u in front of it writes", request.number - *word);
+  }
+}
+
+static void access(const void* p, std::size_t size, std::size_t alignment, bool write, bool atomic = false) {
+  Block& b = *block_here;
+  const std::uintptr_t at = std::uintptr_t(p);
+  if (at - b.stacks < b.stacks_end - b.stacks) return;
+  const u8* const byte = (const u8*)p;
+  const bool dynamic = std::size_t(byte - b.dynamic) < b.dynamic_size;
+  if (dynamic || std::size_t(byte - b.fixed) < b.fixed_size) {
+    const u32 address = dynamic ? u32(byte - b.dynamic) : STATIC_WINDOW + u32(byte - b.fixed);
+    if (at % alignment)
+      fail("%s %zu bytes at shared address %u, no multiple of %zu", write ? "writes" : "reads", size, address,
+           alignment);
+    access_shared(b, address, size, write, atomic, false);
+    return;
+  }
+  const u8* const warp = (const u8*)me().warp;
+  if (byte >= warp && byte < warp + sizeof(Warp)) return;
+  if (!write && at >= b.module && at < b.module_end) return;
+  if (std::size_t(byte - (b.dynamic - FENCE)) < b.dynamic_size + 2 * FENCE)
+    fail("%s %zu bytes at %td of %zu of dynamic shared memory", write ? "writes" : "reads", size, byte - b.dynamic,
+         b.dynamic_size);
+  access_global(at, size, alignment, write);
+}
+
+// What g++ puts in front of every access with -fsanitize=thread.
+extern "C" {
+void __tsan_init() {}
+#define TOUCH(size)                                                                      \
+  void __tsan_read##size(void* p) { NOTE_PLACE(), access(p, size, size, false); }        \
+  void __tsan_write##size(void* p) { NOTE_PLACE(), access(p, size, size, true); }        \
+  void __tsan_unaligned_read##size(void* p) { NOTE_PLACE(), access(p, size, 1, false); } \
+  void __tsan_unaligned_write##size(void* p) { NOTE_PLACE(), access(p, size, 1, true); }
+TOUCH(1)
+TOUCH(2)
+TOUCH(4)
+TOUCH(8)
+TOUCH(16)
+#undef TOUCH
+void __tsan_read_range(void* p, std::size_t size) { NOTE_PLACE(), access(p, size, 1, false); }
+void __tsan_write_range(void* p, std::size_t size) { NOTE_PLACE(), access(p, size, 1, true); }
+void machine_fence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+void machine_atomic(void* p, std::size_t size) { NOTE_PLACE(), access(p, size, size, true, true); }
+}
+
+// What g++ calls with -fsanitize=alignment; of `data` see libubsan's TypeMismatchData.
+struct Mismatch {
+  const char* file;
+  u32 line, column;
+  const void* type;
+  u8 log_alignment, kind;
+};
+extern "C" void __ubsan_handle_type_mismatch_v1(const Mismatch* data, std::uintptr_t at) {
+  NOTE_PLACE();
+  fail("a pointer to what must lie at multiples of %d is %p: no multiple of %d", 1 << data->log_alignment, (void*)at,
+       1 << data->log_alignment);
+}
+
+extern "C" const void* machine_check_shared(const void* p, std::size_t size, std::size_t alignment, const char* what) {
+  NOTE_PLACE();
+  const u32 address = machine_shared_address(p);
+  const void* const at = shared_at(*block_here, address, size, alignment, what);
+  access_shared(*block_here, address, size, false, false, false);
+  return at;
+}
+
+extern "C" void machine_check_global(const void* p, std::size_t size, std::size_t alignment) {
+  NOTE_PLACE();
+  access_global(std::uintptr_t(p), size, alignment, false);
 }
 
 static void copy_now(const Copy& copy) {
@@ -503,18 +580,28 @@ static void copy_now(const Copy& copy) {
     std::memset(copy.to, 0, 16);
 }
 
+// A copy's 16 bytes were written by who has waited for it, now.
+static void arrived(Block& b, u32 address) {
+  Fiber& self = me();
+  const std::size_t first = address < STATIC_WINDOW ? address : (b.dynamic_size + 3) / 4 * 4 + address - STATIC_WINDOW;
+  for (std::size_t i = first / 4; i < first / 4 + 4; i++)
+    b.words[i].note_write(self.thread, self.now, 15, false, false);
+}
+
 extern "C" void machine_copy_async(u32 shared, const void* global, bool wanted) {
+  NOTE_PLACE();
   Block& b = *block_here;
   u8* const to = shared_at(b, shared, 16, 16, "copy_async");
   if (wanted)
-    machine_check_global(global, 16, 16, "copy_async");
+    machine_check_global(global, 16, 16);
   else if (std::uintptr_t(global) % 16)
     fail("copy_async from %p, no multiple of 16", global);
+  access_shared(b, shared, 16, true, false, true);
   const Copy copy{to, wanted ? (const u8*)global : nullptr};
   const int copies = b.launch->request.copies;
   if (copies == AT_ONCE || (copies == EITHER && b.draw(2))) copy_now(copy);
   // Also what was copied: its source or target may have changed by the time when it may come at the latest.
-  if (copies != AT_ONCE) me().copies.push_back(copy);
+  me().copies.push_back(copy);
 }
 
 extern "C" void machine_copy_commit() { me().groups.push_back(me().copies.size()); }
@@ -523,7 +610,11 @@ extern "C" void machine_copy_wait(int most) {
   Fiber& self = me();
   if (int(self.groups.size()) <= most) return;
   const std::size_t done = self.groups.size() - most, end = self.groups[done - 1];
-  for (std::size_t i = 0; i < end; i++) copy_now(self.copies[i]);
+  Block& b = *block_here;
+  for (std::size_t i = 0; i < end; i++) {
+    if (b.launch->request.copies != AT_ONCE) copy_now(self.copies[i]);
+    arrived(b, machine_shared_address(self.copies[i].to));
+  }
   self.copies.erase(self.copies.begin(), self.copies.begin() + end);
   self.groups.erase(self.groups.begin(), self.groups.begin() + done);
   for (auto& each : self.groups) each -= end;
@@ -540,7 +631,7 @@ static void lane_body() {
   w.gone |= 1u << self.in_warp;
   for (u32 left = w.waiting; left; left &= left - 1) {
     const Fiber& other = w.lanes[__builtin_ctz(left)];
-    if (w.gone & other.mask) fail("leaves while thread %u waits for it in %s", other.thread.x, other.what);
+    if (w.gone & other.mask) fail("leaves while thread %u waits for it in %s", other.thread, other.what);
   }
   b.live--;
   b.cluster_waits = self.waits;
@@ -606,12 +697,20 @@ static bool sleep_in_cluster(Block& b) {
   return false;
 }
 
+// A compiled library: where it lies, and the calling thread's `thread_local` variables of it.
+struct Module {
+  u8* fixed;
+  std::size_t fixed_size;
+  std::uintptr_t begin, end;
+};
+
 struct Worker {
   Block block{};
   u8* stacks = nullptr;
   std::size_t stack_count = 0;
   std::vector<u8> dynamic;
-  std::vector<std::pair<const Entry*, std::pair<u8*, std::size_t>>> fixed;  // static shared memory of modules
+  std::vector<std::pair<const Entry*, Module>> modules;
+  u32 epoch = 0;  // beyond any of blocks before
 
   u8* stack_top(std::size_t i) {
     // Not all at the same place of a page, which would be the same places in the cache.
@@ -621,38 +720,38 @@ struct Worker {
   void need_stacks(std::size_t count) {
     if (count <= stack_count) return;
     if (stacks) munmap(stacks, stack_count * STACK);
-    stacks = (u8*)mmap(nullptr, count * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    stacks =
+        (u8*)mmap(nullptr, count * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     for (std::size_t i = 0; i < count; i++) mprotect(stacks + i * STACK, PAGE, PROT_NONE);
     stack_count = count;
   }
 
-  // The calling thread's `thread_local` variables of the entry's module.
-  std::pair<u8*, std::size_t> find_fixed(const Request& request) {
-    for (auto& each : fixed)
+  const Module& module_of(const Request& request) {
+    for (auto& each : modules)
       if (each.first == request.entry) return each.second;
-    struct Search {
-      std::uintptr_t inside;
-      std::pair<u8*, std::size_t> found;
-    } search{std::uintptr_t(request.entry), {nullptr, 0}};
+    Module found{nullptr, 0, std::uintptr_t(request.entry), 0};
     request.touch();
     dl_iterate_phdr(
         [](dl_phdr_info* info, std::size_t, void* data) {
-          auto& search = *(Search*)data;
-          bool here = false;
+          Module& found = *(Module*)data;
+          const std::uintptr_t inside = found.begin;
+          std::uintptr_t begin = ~std::uintptr_t(0), end = 0;
           std::size_t size = 0;
           for (int i = 0; i < info->dlpi_phnum; i++) {
             const auto& part = info->dlpi_phdr[i];
-            const std::uintptr_t begin = info->dlpi_addr + part.p_vaddr;
-            if (part.p_type == PT_LOAD && search.inside >= begin && search.inside < begin + part.p_memsz) here = true;
+            if (part.p_type == PT_LOAD) {
+              begin = std::min(begin, std::uintptr_t(info->dlpi_addr + part.p_vaddr));
+              end = std::max(end, std::uintptr_t(info->dlpi_addr + part.p_vaddr + part.p_memsz));
+            }
             if (part.p_type == PT_TLS) size = part.p_memsz;
           }
-          if (!here) return 0;
-          search.found = {(u8*)info->dlpi_tls_data, size};
+          if (inside < begin || inside >= end) return 0;
+          found = {(u8*)info->dlpi_tls_data, size, begin, end};
           return 1;
         },
-        &search);
-    fixed.push_back({request.entry, search.found});
-    return search.found;
+        &found);
+    modules.push_back({request.entry, found});
+    return modules.back().second;
   }
 
   void run(Launch& launch, Cluster& cluster, int rank, int number) {
@@ -667,7 +766,8 @@ struct Worker {
     b.random = (request.seed + 1) * 0x9e3779b97f4a7c15ull ^ u64(number + 1) * 0xbf58476d1ce4e5b9ull;
     b.favourites = b.draw(~0u);
     std::memset(b.barriers, 0, sizeof b.barriers);
-    std::tie(b.fixed, b.fixed_size) = find_fixed(request);
+    const Module& module = module_of(request);
+    b.fixed = module.fixed, b.fixed_size = module.fixed_size, b.module = module.begin, b.module_end = module.end;
     std::memset(b.fixed, POISON, b.fixed_size);
     // 16 bytes beyond a multiple of 128: no more than is promised.
     dynamic.resize(std::max<std::size_t>(dynamic.size(), request.shared + 2 * FENCE + 256));
@@ -676,6 +776,9 @@ struct Worker {
     b.dynamic_size = request.shared;
     std::memset(b.dynamic - FENCE, POISON, request.shared + 2 * FENCE);
     need_stacks(request.threads);
+    b.stacks = std::uintptr_t(stacks), b.stacks_end = b.stacks + stack_count * STACK;
+    b.words.resize(std::max(b.words.size(), (b.dynamic_size + 3) / 4 + (b.fixed_size + 3) / 4 + 1));
+    b.first_epoch = ++epoch;
     while (int(b.warps.size()) < b.warp_count) b.warps.push_back(std::make_unique<Warp>());
     for (int i = 0; i < b.warp_count; i++) {
       Warp& w = *b.warps[i];
@@ -685,12 +788,14 @@ struct Worker {
         Fiber& fiber = w.lanes[lane];
         const u32 thread = i * WARP + lane;
         const bool there = thread < request.threads;
-        fiber.thread = {thread, 0, 0};
+        fiber.thread = thread;
         fiber.in_warp = lane;
         fiber.warp = there ? &w : nullptr;
         fiber.what = "its start";
         fiber.arrived = false;
         fiber.waits = fiber.phase = 0;
+        fiber.now = {epoch, 0, 0};
+        fiber.team = 0;
         fiber.copies.clear(), fiber.groups.clear();
         if (!there) {
           w.gone |= 1u << lane;
@@ -700,7 +805,6 @@ struct Worker {
         b.wake(w, 1u << lane);
       }
     }
-    machine_place = {b.index, {request.grid[0], request.grid[1], request.grid[2]}, {request.threads, 1, 1}};
     block_here = &b;
     {
       std::lock_guard guard(cluster.lock);
@@ -709,9 +813,9 @@ struct Worker {
     for (;;) {
       Fiber* const next = pick(b);
       if (next) {
-        machine_lane = next;
+        fiber_here = next;
         machine_switch(&b.main_stack, next->stack_pointer);
-        machine_lane = nullptr;
+        fiber_here = nullptr;
       }
       if (b.failed || !b.live) break;
       if (b.ready) continue;
@@ -725,6 +829,8 @@ struct Worker {
 
   void finish(Launch& launch, Cluster& cluster) {
     Block& b = block;
+    for (int i = 0; i < b.warp_count; i++)
+      for (const Fiber& fiber : b.warps[i]->lanes) epoch = std::max(epoch, fiber.now.epoch);
     const auto complain = [&](const std::string& what) {
       launch.fail("block (" + std::to_string(b.index.x) + ", " + std::to_string(b.index.y) + ", " +
                   std::to_string(b.index.z) + ") " + what);
@@ -845,19 +951,7 @@ extern "C" int machine_launch(const Request* request) {
   return launch.failed;
 }
 
-extern "C" void machine_add_memory(void* p, std::size_t size) {
-  std::unique_lock guard(regions_lock);
-  const Region region{std::uintptr_t(p), std::uintptr_t(p) + size};
-  regions.insert(std::upper_bound(regions.begin(), regions.end(), region, [](auto& a, auto& b) { return a.begin < b.begin; }),
-                 region);
-  regions_version++;
-}
-
-extern "C" void machine_remove_memory(void* p) {
-  std::unique_lock guard(regions_lock);
-  regions.erase(std::remove_if(regions.begin(), regions.end(), [&](auto& r) { return r.begin == std::uintptr_t(p); }),
-                regions.end());
-  regions_version++;
-}
+extern "C" void machine_add_memory(void* p, std::size_t size) { memory.add(p, size); }
+extern "C" void machine_remove_memory(void* p) { memory.remove(p); }
 
 }  // namespace machine

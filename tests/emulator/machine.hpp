@@ -20,19 +20,18 @@
 #define __launch_bounds__(...)
 #define __cluster_dims__(...)
 
+// What is no kernel's own: its accesses are not looked at.
+#define UNSEEN __attribute__((no_sanitize("thread")))
+
 // ---- vector types: aligned as CUDA's are
 
 struct uint3 {
   unsigned x, y, z;
 };
-#define VECTOR(type, base, size)                                       \
-  struct __align__(2 * size) type##2 {                                 \
-    base x, y;                                                         \
-  };                                                                   \
-  struct __align__(4 * size) type##4 {                                 \
-    base x, y, z, w;                                                   \
-  };                                                                   \
-  inline type##2 make_##type##2(base x, base y) { return {x, y}; }     \
+#define VECTOR(type, base, size)                                   \
+  struct __align__(2 * size) type##2 { base x, y; };               \
+  struct __align__(4 * size) type##4 { base x, y, z, w; };         \
+  inline type##2 make_##type##2(base x, base y) { return {x, y}; } \
   inline type##4 make_##type##4(base x, base y, base z, base w) { return {x, y, z, w}; }
 VECTOR(float, float, 4)
 VECTOR(int, int, 4)
@@ -57,9 +56,12 @@ struct Exchange {
 // Done once by the last lane of `mask` to come, for all of them.
 using Collective = void (*)(Exchange* lanes, u32 mask);
 
-struct Lane;
 extern "C" {
-extern __thread Lane* machine_lane __attribute__((tls_model("initial-exec")));
+// Of the calling lane; `const`, because it is the same one before and after it waits.
+u32 machine_thread() __attribute__((const));
+uint3 machine_block() __attribute__((const));
+uint3 machine_grid() __attribute__((const));
+u32 machine_threads() __attribute__((const));
 
 // Waits for the lanes of `mask`, all of which must call the same `what`. Gives the lane's exchange, to read `out`.
 Exchange* machine_meet(u32 mask, const char* what, Collective work);
@@ -74,28 +76,17 @@ void machine_store_cluster(u32 there, const void* from, int size);
 void machine_waited();
 void machine_dependents();
 
-u8* machine_dynamic_shared();
+u8* machine_dynamic_shared() __attribute__((const));
 u32 machine_shared_address(const void* p);
 void machine_copy_async(u32 shared, const void* global, bool wanted);
 void machine_copy_commit();
 void machine_copy_wait(int groups);
 // Ends the launch with an error unless `size` bytes of one allocation lie at p, which is a multiple of `alignment`.
-void machine_check_global(const void* p, std::size_t size, std::size_t alignment, const char* what);
+void machine_check_global(const void* p, std::size_t size, std::size_t alignment);
+void machine_atomic(void* p, std::size_t size);
+void machine_fence();
 const void* machine_check_shared(const void* p, std::size_t size, std::size_t alignment, const char* what);
 void machine_mma(Exchange* lanes, u32 mask);
-}
-
-// The first three words of a lane are these, for the sake of speed.
-struct Lane {
-  uint3 thread;
-  u32 in_warp;
-};
-
-struct Place {
-  uint3 block, grid, threads;
-};
-extern "C" {
-extern __thread Place machine_place __attribute__((tls_model("initial-exec")));
 }
 
 // ---- an entry of a compiled module
@@ -118,16 +109,18 @@ template <class T> constexpr char kind_of() {
 template <auto kernel> struct Kernel;
 template <class... P, void (*kernel)(P...)> struct Kernel<kernel> {
   static constexpr char kinds[] = {kind_of<P>()..., 0};
-  template <std::size_t... I> static void call(void* const* a, std::index_sequence<I...>) { kernel(*(P*)a[I]...); }
-  static void invoke(void* const* a) { call(a, std::index_sequence_for<P...>{}); }
+  template <std::size_t... I> UNSEEN static void call(void* const* a, std::index_sequence<I...>) {
+    kernel(*(P*)a[I]...);
+  }
+  UNSEEN static void invoke(void* const* a) { call(a, std::index_sequence_for<P...>{}); }
 };
 
 }  // namespace machine
 
-#define threadIdx (machine::machine_lane->thread)
-#define blockIdx (machine::machine_place.block)
-#define gridDim (machine::machine_place.grid)
-#define blockDim (machine::machine_place.threads)
+#define threadIdx (uint3{machine::machine_thread(), 0, 0})
+#define blockIdx (machine::machine_block())
+#define gridDim (machine::machine_grid())
+#define blockDim (uint3{machine::machine_threads(), 1, 1})
 
 // ---- arithmetic
 
@@ -183,42 +176,48 @@ inline unsigned max(unsigned a, int b) { return max(a, unsigned(b)); }
 // ---- memory
 
 template <class T> inline T __ldcg(const T* p) {
-  machine::machine_check_global(p, sizeof(T), alignof(T), "a load");
+  machine::machine_check_global(p, sizeof(T), alignof(T));
   return *p;
 }
 template <class T> inline T __ldg(const T* p) { return __ldcg(p); }
-inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+inline void __threadfence() { machine::machine_fence(); }
 inline void __threadfence_block() {}
 
-#define ATOMIC(type)                                                                                         \
-  inline type atomicAdd(type* p, type v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }              \
-  inline type atomicExch(type* p, type v) { return __atomic_exchange_n(p, v, __ATOMIC_RELAXED); }            \
-  inline type atomicOr(type* p, type v) { return __atomic_fetch_or(p, v, __ATOMIC_RELAXED); }                \
-  inline type atomicCAS(type* p, type was, type v) {                                                         \
-    __atomic_compare_exchange_n(p, &was, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);                      \
-    return was;                                                                                              \
-  }                                                                                                          \
-  inline type atomicMin(type* p, type v) {                                                                   \
-    type old = __atomic_load_n(p, __ATOMIC_RELAXED);                                                         \
-    while (v < old && !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) { \
-    }                                                                                                        \
-    return old;                                                                                              \
-  }                                                                                                          \
-  inline type atomicMax(type* p, type v) {                                                                   \
-    type old = __atomic_load_n(p, __ATOMIC_RELAXED);                                                         \
-    while (v > old && !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) { \
-    }                                                                                                        \
-    return old;                                                                                              \
+namespace machine {
+
+// *p = function(*p), in one; gives what it was.
+template <class T, class Function> UNSEEN T change(T* p, Function function) {
+  machine_atomic(p, sizeof(T));
+  T old = __atomic_load_n(p, __ATOMIC_RELAXED);
+  while (!__atomic_compare_exchange_n(p, &old, function(old), false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  return old;
+}
+
+}  // namespace machine
+
+#define ATOMIC(type)                                                                \
+  inline type atomicAdd(type* p, type v) {                                          \
+    return machine::change(p, [v](type old) { return old + v; });                   \
+  }                                                                                 \
+  inline type atomicExch(type* p, type v) {                                         \
+    return machine::change(p, [v](auto) { return v; });                             \
+  }                                                                                 \
+  inline type atomicMin(type* p, type v) {                                          \
+    return machine::change(p, [v](type old) { return old < v ? old : v; });         \
+  }                                                                                 \
+  inline type atomicMax(type* p, type v) {                                          \
+    return machine::change(p, [v](type old) { return old > v ? old : v; });         \
+  }                                                                                 \
+  inline type atomicCAS(type* p, type was, type v) {                                \
+    return machine::change(p, [was, v](type old) { return old == was ? v : old; }); \
   }
 ATOMIC(int)
 ATOMIC(unsigned)
 ATOMIC(unsigned long long)
 #undef ATOMIC
 inline unsigned atomicInc(unsigned* p, unsigned most) {
-  unsigned old = __atomic_load_n(p, __ATOMIC_RELAXED);
-  while (!__atomic_compare_exchange_n(p, &old, old >= most ? 0 : old + 1, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-  }
-  return old;
+  return machine::change(p, [most](unsigned old) { return old >= most ? 0u : old + 1; });
 }
 
 // ---- barriers and what a warp does together
@@ -234,7 +233,7 @@ template <class T> struct Shuffled {
   int from;  // lane
 };
 
-template <class T> inline void shuffle_work(Exchange* lanes, u32 mask) {
+template <class T> UNSEEN void shuffle_work(Exchange* lanes, u32 mask) {
   for (u32 left = mask; left; left &= left - 1) {
     const int lane = __builtin_ctz(left);
     Shuffled<T> mine, theirs;
@@ -254,13 +253,7 @@ template <class T> inline T shuffle(u32 mask, T value, int from, const char* wha
   return value;
 }
 
-template <class T, class Work> inline T together(u32 mask, T value, const char* what, Collective work) {
-  std::memcpy(machine_exchange()->in, &value, sizeof value);
-  std::memcpy(&value, machine_meet(mask, what, work)->out, sizeof value);
-  return value;
-}
-
-template <class Reduce> inline void reduce_work(Exchange* lanes, u32 mask) {
+template <class Reduce> UNSEEN void reduce_work(Exchange* lanes, u32 mask) {
   u32 result = Reduce::start;
   for (u32 left = mask; left; left &= left - 1) {
     const int lane = __builtin_ctz(left);
@@ -302,9 +295,10 @@ template <class Reduce> inline u32 reduce(u32 mask, u32 value, const char* what)
   return value;
 }
 
-inline void match_work(Exchange* lanes, u32 mask) {
+UNSEEN inline void match_work(Exchange* lanes, u32 mask) {
   u32 values[32];
-  for (u32 left = mask; left; left &= left - 1) std::memcpy(values + __builtin_ctz(left), lanes[__builtin_ctz(left)].in, 4);
+  for (u32 left = mask; left; left &= left - 1)
+    std::memcpy(values + __builtin_ctz(left), lanes[__builtin_ctz(left)].in, 4);
   for (u32 left = mask; left; left &= left - 1) {
     const int lane = __builtin_ctz(left);
     u32 same = 0;
@@ -320,22 +314,30 @@ template <class T> inline T __shfl_sync(unsigned mask, T v, int from) {
   return machine::shuffle(mask, v, from & 31, "__shfl_sync");
 }
 template <class T> inline T __shfl_xor_sync(unsigned mask, T v, int other) {
-  return machine::shuffle(mask, v, (machine::machine_lane->in_warp ^ other) & 31, "__shfl_xor_sync");
+  return machine::shuffle(mask, v, ((machine::machine_thread() & 31) ^ other) & 31, "__shfl_xor_sync");
 }
 template <class T> inline T __shfl_up_sync(unsigned mask, T v, unsigned by) {
-  const unsigned lane = machine::machine_lane->in_warp;
+  const unsigned lane = (machine::machine_thread() & 31);
   return machine::shuffle(mask, v, lane < by ? lane : lane - by, "__shfl_up_sync");
 }
 template <class T> inline T __shfl_down_sync(unsigned mask, T v, unsigned by) {
-  const unsigned lane = machine::machine_lane->in_warp;
+  const unsigned lane = (machine::machine_thread() & 31);
   return machine::shuffle(mask, v, lane + by > 31 ? lane : lane + by, "__shfl_down_sync");
 }
-inline unsigned __ballot_sync(unsigned mask, int v) { return machine::reduce<machine::Ballot>(mask, v != 0, "__ballot_sync"); }
+inline unsigned __ballot_sync(unsigned mask, int v) {
+  return machine::reduce<machine::Ballot>(mask, v != 0, "__ballot_sync");
+}
 inline int __all_sync(unsigned mask, int v) { return machine::reduce<machine::All>(mask, v != 0, "__all_sync"); }
 inline int __any_sync(unsigned mask, int v) { return machine::reduce<machine::Any>(mask, v != 0, "__any_sync"); }
-inline unsigned __reduce_max_sync(unsigned mask, unsigned v) { return machine::reduce<machine::Most>(mask, v, "__reduce_max_sync"); }
-inline unsigned __reduce_min_sync(unsigned mask, unsigned v) { return machine::reduce<machine::Least>(mask, v, "__reduce_min_sync"); }
-inline unsigned __reduce_add_sync(unsigned mask, unsigned v) { return machine::reduce<machine::Sum>(mask, v, "__reduce_add_sync"); }
+inline unsigned __reduce_max_sync(unsigned mask, unsigned v) {
+  return machine::reduce<machine::Most>(mask, v, "__reduce_max_sync");
+}
+inline unsigned __reduce_min_sync(unsigned mask, unsigned v) {
+  return machine::reduce<machine::Least>(mask, v, "__reduce_min_sync");
+}
+inline unsigned __reduce_add_sync(unsigned mask, unsigned v) {
+  return machine::reduce<machine::Sum>(mask, v, "__reduce_add_sync");
+}
 inline unsigned __match_any_sync(unsigned mask, unsigned v) {
   std::memcpy(machine::machine_exchange()->in, &v, 4);
   std::memcpy(&v, machine::machine_meet(mask, "__match_any_sync", machine::match_work)->out, 4);

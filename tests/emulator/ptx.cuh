@@ -28,7 +28,7 @@ DEVICE u16 round_to_half(float f) {
   const u32 bits = __float_as_uint(f), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
   if (rest > 0x7f800000) return 0x7fff;
   if (rest >= 0x477ff000) return u16(sign | 0x7c00);  // 65520 and more
-  if (rest < 0x38800000)  // subnormal: adding 0.5 leaves its bits, rounded, at the end
+  if (rest < 0x38800000)                              // subnormal: adding 0.5 leaves its bits, rounded, at the end
     return u16(sign | (__float_as_uint(__uint_as_float(rest) + 0.5f) - 0x3f000000));
   return u16(sign | ((rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13));
 }
@@ -49,7 +49,8 @@ DEVICE u32 pack_half2(float low, float high) { return round_to_half(low) | u32(r
 template <class Function> DEVICE u32 each_half(u32 a, u32 b, u32 c, Function function) {
   const auto one = [&](int shift) {
     return u32(round_to_half(function(double(half_to_float(u16(a >> shift))), double(half_to_float(u16(b >> shift))),
-                                      double(half_to_float(u16(c >> shift)))))) << shift;
+                                      double(half_to_float(u16(c >> shift))))))
+           << shift;
   };
   return one(0) | one(16);
 }
@@ -92,20 +93,21 @@ inline const u8* row_of(const Exchange& lane) {
   return row;
 }
 
-inline void load_matrices_work(Exchange* lanes, u32) {
+UNSEEN inline void load_matrices_work(Exchange* lanes, u32) {
   for (int lane = 0; lane < 32; lane++)
     for (int matrix = 0; matrix < 4; matrix++)
       std::memcpy(lanes[lane].out + matrix * 4, row_of(lanes[matrix * 8 + lane / 4]) + lane % 4 * 4, 4);
 }
 
-inline void load_matrices_transposed_work(Exchange* lanes, u32) {
+UNSEEN inline void load_matrices_transposed_work(Exchange* lanes, u32) {
   for (int lane = 0; lane < 32; lane++)
     for (int matrix = 0; matrix < 4; matrix++)
       for (int i = 0; i < 2; i++)
-        std::memcpy(lanes[lane].out + matrix * 4 + i * 2, row_of(lanes[matrix * 8 + lane % 4 * 2 + i]) + lane / 4 * 2, 2);
+        std::memcpy(lanes[lane].out + matrix * 4 + i * 2, row_of(lanes[matrix * 8 + lane % 4 * 2 + i]) + lane / 4 * 2,
+                    2);
 }
 
-inline void transpose_matrix_work(Exchange* lanes, u32) {
+UNSEEN inline void transpose_matrix_work(Exchange* lanes, u32) {
   for (int lane = 0; lane < 32; lane++)
     for (int i = 0; i < 2; i++) {
       // Element (lane / 4, lane % 4 * 2 + i) of the result is the one of the operand with both exchanged.
