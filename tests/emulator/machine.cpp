@@ -67,12 +67,14 @@ struct Cluster {
   std::condition_variable changed;
   Block* blocks[MOST_CLUSTER] = {};
   int size = 1, expected = 0, arrived = 0, unfinished = 0, asleep = 0;
+  int leaving = 0;  // of those that have arrived
   u64 phase = 0;
   bool failed = false;
 
   void complete_if_all() {
     if (expected > 0 && arrived == expected) {
-      arrived = asleep = 0;
+      expected -= leaving;
+      arrived = asleep = leaving = 0;
       phase++;
       changed.notify_all();
     }
@@ -637,8 +639,12 @@ static void lane_body() {
   b.cluster_waits = self.waits;
   if (b.cluster->size > 1) {
     std::lock_guard guard(b.cluster->lock);
-    b.cluster->expected--;
-    b.cluster->complete_if_all();
+    if (self.arrived && self.phase == b.cluster->phase) {
+      b.cluster->leaving++;
+    } else {
+      b.cluster->expected--;
+      b.cluster->complete_if_all();
+    }
   }
   Barrier& all = b.barriers[0];
   if (all.arrived && all.arrived == b.live) release(b, all);
