@@ -1,4 +1,4 @@
-"""What sanitizers are run on, on the emulated device: groups of kernels run, are right, and name themselves."""
+"""What sanitizers are run on, on the emulated device: groups of kernels run, are right, name themselves."""
 
 from __future__ import annotations
 
