@@ -11,6 +11,7 @@ from edgellm.model.kv_cache import KvCache
 from edgellm.model.quantization import Quantization
 from edgellm.model.spec import ModelSpec
 
+CONFIG: Final = "config.json"
 FORMAT_VERSION: Final = 1
 UNSEALED: Final = "0" * 64
 
@@ -124,7 +125,7 @@ class EdgellmSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         weights: every matrix, for the memory plan.
         plan: of the tensorrt executor's engines.
         files: every other file, by name.
-        config_sha256: of config.json itself; see the top of this file.
+        config_sha256: of config.json itself; see `engine_seal.py`.
     """
 
     format_version: int

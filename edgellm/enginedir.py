@@ -9,21 +9,13 @@
     generation_config.json  Hugging Face's: bos and eos ids
     quantization.json       what `edgellm build --quant` cost (`quantize/report.py`); absent without
 
-Every file's size and SHA-256 is in config.json, and config.json holds its own: the SHA-256 of its bytes with
-the 64 digits of that very field set to 0. A directory without a config.json is no engine; it is written last.
+Every file's size and SHA-256 is in config.json, its own among them (`engine_seal.py`). A directory without a
+config.json is no engine; it is written last, and only then the directory takes its place (`engine_place.py`).
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import hashlib
 import json
-import os
-import re
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -31,17 +23,16 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from edgellm.engine_config import (
+    CONFIG,
     FORMAT_VERSION,
-    UNSEALED,
     BuildConfig,
     Compute,
     EdgellmSection,
     EngineConfig,
-    FileRecord,
     PretrainedConfig,
 )
-from edgellm.engine_draft import new_draft
-from edgellm.errors import BuildError, EngineError
+from edgellm.engine_seal import is_sealed, sha256_of
+from edgellm.errors import EngineError
 from edgellm.executor.base import Progress
 from edgellm.model.kv_cache import KvCache
 from edgellm.model.spec import ModelSpec
@@ -58,26 +49,16 @@ __all__ = [
     "EngineDir",
     "PretrainedConfig",
     "is_engine",
-    "new_engine",
     "open_engine",
-    "real_path",
-    "seal",
-    "sha256_of",
     "verify_engine",
     "write_json",
 ]
 
-CONFIG: Final = "config.json"
 TOKENIZER: Final = "tokenizer.json"
 TOKENIZER_CONFIG: Final = "tokenizer_config.json"
 CHAT_TEMPLATE: Final = "chat_template.jinja"
 GENERATION_CONFIG: Final = "generation_config.json"
 QUANTIZATION: Final = "quantization.json"
-
-_CHUNK_BYTES: Final = 1 << 20
-_AT_FDCWD: Final = -100
-_RENAME_EXCHANGE: Final = 2
-_SEAL: Final = re.compile(rb'("config_sha256": ")([0-9a-f]{64})(")')
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +150,7 @@ def open_engine(path: Path) -> EngineDir:
         EngineError: it is no engine, or of another format version, or a file disagrees; the message names it.
     """
     try:
-        is_file, is_directory, is_sealed = path.is_file(), path.is_dir(), (path / CONFIG).is_file()
+        is_file, is_directory, has_config = path.is_file(), path.is_dir(), (path / CONFIG).is_file()
     except OSError as error:
         raise EngineError(f"cannot read {path}: {error.strerror}") from error
     if is_file:
@@ -180,7 +161,7 @@ def open_engine(path: Path) -> EngineDir:
         raise EngineError(
             f"there is no engine directory {path}; `edgellm build CHECKPOINT -o {path}` makes one"
         )
-    if not is_sealed:
+    if not has_config:
         raise EngineError(f"{path} is not an engine directory: it has no {CONFIG}")
     raw = _read(path / CONFIG)
     version = _format_version(raw)
@@ -195,8 +176,7 @@ def open_engine(path: Path) -> EngineDir:
             f"{path / CONFIG} has format_version {version}, this edgellm reads {FORMAT_VERSION}; "
             "build the engine again with this edgellm, or run the edgellm that built it"
         )
-    seal = _SEAL.search(raw)
-    if seal is None or _seal(raw) != seal[2].decode():
+    if not is_sealed(raw):
         raise EngineError(f"{path / CONFIG} is not as `edgellm build` wrote it; build the engine again")
     try:
         config = msgspec.json.decode(raw, type=EngineConfig)
@@ -248,87 +228,9 @@ def verify_engine(
     progress("verified", 1.0)
 
 
-@contextmanager
-def new_engine(path: Path) -> Iterator[Path]:
-    """Make an engine directory: gives a temporary one beside `path`, which becomes `path` at the end.
-
-    Inside, write the files, then call `seal`. If anything is raised, nothing is left behind.
-
-    Raises:
-        BuildError: `path` exists and is no engine directory or is not UTF-8, or writing failed (a full disk,
-            no permission).
-    """
-    path = real_path(path)
-    try:
-        str(path).encode()
-    except UnicodeEncodeError as error:
-        raise BuildError(
-            f"{path} is not UTF-8, and no library would load an engine there; name another place with -o"
-        ) from error
-    made = False
-    try:
-        _check_replaceable(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with new_draft(path) as draft:
-            made = True
-            draft.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would hide the engine from the daemon's user
-            yield draft
-            if not (draft / CONFIG).exists():
-                raise AssertionError("new_engine: seal was not called")
-            _sync(draft)
-            _move_into_place(draft, path)
-    except OSError as error:
-        if not made:
-            raise BuildError(f"cannot create {path}: {error.strerror} ({error.filename})") from error
-        hint = "; free some space and build again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise BuildError(f"cannot write {path}: {error.strerror or error}{hint}") from error
-
-
-def real_path(path: Path) -> Path:
-    """An absolute path without symbolic links; where these go round in circles, with them."""
-    return Path(os.path.realpath(path))  # Path.resolve would raise RuntimeError, until Python 3.13
-
-
-def seal(draft: Path, config: EngineConfig, hashed: Mapping[str, str] = {}) -> EngineConfig:
-    """Write config.json with size and SHA-256 of every file in `draft`; gives what was written.
-
-    Args:
-        hashed: file name → SHA-256 in hex, of those that need not be read again.
-    """
-    names = {file.relative_to(draft).as_posix(): file for file in sorted(draft.rglob("*")) if file.is_file()}
-    files = {
-        name: FileRecord(sha256=hashed.get(name) or sha256_of(file), bytes=file.stat().st_size)
-        for name, file in names.items()
-        if name != CONFIG
-    }
-    section = msgspec.structs.replace(config.edgellm, files=files, config_sha256=UNSEALED)
-    config = msgspec.structs.replace(config, edgellm=section)
-    digest = _seal(_encode(config))
-    config = msgspec.structs.replace(config, edgellm=msgspec.structs.replace(section, config_sha256=digest))
-    (draft / CONFIG).write_bytes(_encode(config))
-    return config
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write a small JSON file for people to read, too."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def sha256_of(path: Path) -> str:
-    """A file's SHA-256 in hex; constant memory.
-
-    Raises:
-        EngineError: the file cannot be read.
-    """
-    digest, buffer = hashlib.sha256(), bytearray(_CHUNK_BYTES)
-    view = memoryview(buffer)
-    try:
-        with path.open("rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                digest.update(view[:count])
-    except OSError as error:
-        raise EngineError(f"cannot read {path}: {error.strerror}") from error
-    return digest.hexdigest()
 
 
 def _read(path: Path) -> bytes:
@@ -336,14 +238,6 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise EngineError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _encode(config: EngineConfig) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n"
-
-
-def _seal(raw: bytes) -> str:
-    return hashlib.sha256(_SEAL.sub(rb"\g<1>" + UNSEALED.encode() + rb"\g<3>", raw)).hexdigest()
 
 
 def _format_version(raw: bytes) -> int | None:
@@ -361,64 +255,3 @@ def _is_model_config(raw: bytes) -> bool:
         return bool(msgspec.json.decode(raw)["architectures"])
     except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError):
         return False
-
-
-def _check_replaceable(path: Path) -> None:
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise BuildError(f"{path} exists and is not a directory; name another one with -o")
-    config = path / CONFIG
-    if any(path.iterdir()) and not (config.is_file() and _format_version(_read(config)) is not None):
-        raise BuildError(
-            f"{path} exists and is not an engine directory; it is left as it is, name another one"
-        )
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
-
-
-def _sync(directory: Path) -> None:
-    """Bring a directory and its files to the disk, so that after the rename a power cut cannot empty them."""
-    for path in (*directory.rglob("*"), directory):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _exchange(one: Path, other: Path) -> None:
-    """Swap two directories in one step, renameat2(2) with RENAME_EXCHANGE; in three where it is missing."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    names = (_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other))
-    if hasattr(libc, "renameat2") and libc.renameat2(*names, _RENAME_EXCHANGE) == 0:
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{other.name}.old-", dir=other.parent))
-    other.rename(aside)
-    try:
-        one.rename(other)
-    except OSError:
-        aside.rename(other)
-        raise
-    aside.rename(one)
-
-
-def _move_into_place(draft: Path, path: Path) -> None:
-    """Rename; an engine that is there already changes places with the draft, which is then removed.
-
-    At no moment is there no engine, so a power cut cannot lose both. Files that a running daemon has open
-    live on until it closes them.
-    """
-    if path.exists():
-        _exchange(draft, path)
-    else:
-        draft.rename(path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,7 +12,7 @@
     │   ├── DeadlineExceeded      deadline_exceeded
     │   ├── Cancelled             cancelled
     │   └── InternalError         internal
-    ├── ClientError           a client hears nothing, or nothing it understands; raised in the client only
+    ├── ClientError       69  a client hears nothing, or nothing it understands; raised in the client only
     │   ├── RequestTimeout        also a TimeoutError
     │   ├── Unreachable           also a ConnectionError
     │   ├── ConnectionLost        also a ConnectionError
@@ -140,7 +140,9 @@ REQUEST_ERRORS: dict[str, type[RequestError]] = {
 
 
 class ClientError(EdgellmError):
-    """The daemon could not be asked, or did not answer."""
+    """The daemon could not be asked, or did not answer; a command that asks it ends with `exit_code`."""
+
+    exit_code: ClassVar[int] = 69
 
 
 class RequestTimeout(ClientError, TimeoutError):

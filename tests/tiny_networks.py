@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 
 from edgellm.checkpoint.random import QUANTS, RandomCheckpoint
+from edgellm.checkpoint.random_models import TINY
 from edgellm.cuda.launch import Device
 from edgellm.engine_config import BuildConfig
 from edgellm.executor.cuda_build import cache_kind
@@ -14,68 +15,12 @@ from edgellm.executor.cuda_programs import Lowering
 from edgellm.memory.plan import Shape
 from edgellm.model.kernels import emit
 from edgellm.model.network import read_network
-from edgellm.model.spec import Mixture, ModelSpec
 from edgellm.model.weights_file import read_weights_header
 
 ORIN = Device(87, 16, 163 << 10)
 SHAPE = Shape(3, 100, 64)
 
-NETWORKS = {
-    "llama": ModelSpec(
-        architecture="LlamaForCausalLM",
-        vocab_size=300,
-        hidden_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        head_size=64,
-        intermediate_size=192,
-        norm_epsilon=1e-5,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-    ),
-    "qwen2": ModelSpec(
-        architecture="Qwen2ForCausalLM",
-        vocab_size=301,
-        hidden_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_size=64,
-        intermediate_size=320,
-        norm_epsilon=1e-6,
-        max_position_embeddings=512,
-        attn_bias=True,
-    ),
-    "qwen3": ModelSpec(
-        architecture="Qwen3ForCausalLM",
-        vocab_size=320,
-        hidden_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_size=128,
-        intermediate_size=256,
-        norm_epsilon=1e-6,
-        max_position_embeddings=512,
-        qk_layernorm=True,
-    ),
-    "qwen3moe": ModelSpec(
-        architecture="Qwen3MoeForCausalLM",
-        vocab_size=320,
-        hidden_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_size=64,
-        intermediate_size=256,
-        norm_epsilon=1e-6,
-        max_position_embeddings=512,
-        qk_layernorm=True,
-        moe=Mixture(num_experts=6, top_k=2),
-        moe_intermediate_size=64,
-    ),
-}
+NETWORKS = {name.removeprefix("tiny-"): spec for name, spec in TINY.items()}
 
 
 def build(network: str, quant: str, directory: Path, *, layers: int | None = None) -> RandomCheckpoint:

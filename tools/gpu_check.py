@@ -94,11 +94,9 @@ def facts() -> str:
     free, total = driver.memory()
     driver.close()
     return (
-        f"- {known.name}, sm_{known.device.sm}, {known.device.multiprocessors} SMs at up to "
-        f"{known.clock_khz / 1000:.0f} MHz, {show_size(known.device.shared_per_block)} shared per block, "
+        f"- {known.described}, {show_size(known.device.shared_per_block)} shared per block, "
         f"{show_size(free)} of {show_size(total)} free{', unified memory' if known.integrated else ''}\n"
-        f"- driver for CUDA {known.driver[0]}.{known.driver[1]}, {platform.machine()}, "
-        f"Python {platform.python_version()}, edgellm {__version__}"
+        f"- {platform.machine()}, Python {platform.python_version()}, edgellm {__version__}"
     )
 
 

@@ -11,7 +11,7 @@ Two ways of arriving:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -25,6 +25,9 @@ from edgellm.errors import ConnectionLost, ProtocolError, RequestTimeout
 from edgellm.protocol import Accepted, Delta, Done, Error
 
 _decoder = msgspec.msgpack.Decoder(Accepted | Delta | Done | Error)
+
+BUSY_WAIT_S = 0.1
+"""Between two looks at whether it is over."""
 
 
 @dataclass(slots=True)
@@ -138,6 +141,30 @@ class Load:
         while self._open:
             self._receive(self._stall_s)
         return traces
+
+    def busy(
+        self,
+        prompts: Iterator[NDArray[np.int32]],
+        max_tokens: int,
+        concurrency: int,
+        *,
+        until: Callable[[], bool],
+        into: list[Trace],
+    ) -> None:
+        """Keep `concurrency` requests in flight until told, however long nothing comes; then leave them open.
+
+        Args:
+            prompts: without an end.
+            until: whether it is over, asked several times a second.
+            into: gets each request's trace when it is sent, so that another thread can look.
+
+        Raises:
+            ConnectionLost: the daemon went away.
+        """
+        while not until():
+            while len(self._open) < concurrency:
+                into.append(self._send(next(prompts), max_tokens))
+            self._receive(BUSY_WAIT_S, stalls=False)
 
     def _send(self, prompt: NDArray[np.int32], max_tokens: int) -> Trace:
         self._last_id += 1

@@ -14,7 +14,7 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm.checkpoint.huggingface_config import ConfigFile
+from edgellm.checkpoint.config_file import ConfigFile
 from edgellm.checkpoint.packed import (
     FLOATS,
     Bytes,

@@ -16,7 +16,7 @@ from typing import Final, Literal
 
 import numpy as np
 
-from edgellm.checkpoint.huggingface_config import ConfigFile
+from edgellm.checkpoint.config_file import ConfigFile
 from edgellm.checkpoint.packed import (
     FLOATS,
     as_grouped,

@@ -12,7 +12,8 @@ from typing import Final
 
 import numpy as np
 
-from edgellm.checkpoint.gguf import GgufFile, Value
+from edgellm.checkpoint.gguf import GgufFile
+from edgellm.checkpoint.gguf_header import Value
 from edgellm.errors import CheckpointError
 
 READ: Final = frozenset(

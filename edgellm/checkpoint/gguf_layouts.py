@@ -24,7 +24,8 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm.checkpoint.gguf import GgufFile, TensorInfo
+from edgellm.checkpoint.gguf import GgufFile
+from edgellm.checkpoint.gguf_tensors import TensorInfo
 from edgellm.errors import CheckpointError
 from edgellm.model.weights import Dense, Float, Grouped, Groups, Weight
 

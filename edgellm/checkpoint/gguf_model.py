@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Final, Literal
 
 from edgellm.checkpoint.base import name_of
-from edgellm.checkpoint.gguf import GgufFile, TensorInfo
+from edgellm.checkpoint.gguf import GgufFile
 from edgellm.checkpoint.gguf_layouts import weight
 from edgellm.checkpoint.gguf_places import BIASES, HEAD_NORMS, TOP, places_of
 from edgellm.checkpoint.gguf_spec import ARCHITECTURES, ROPE_FREQS, read_spec
+from edgellm.checkpoint.gguf_tensors import TensorInfo
 from edgellm.errors import CheckpointError
 from edgellm.model.quantization import Quantization
 from edgellm.model.spec import ModelSpec

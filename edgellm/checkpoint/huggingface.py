@@ -16,8 +16,9 @@ import numpy as np
 from edgellm.checkpoint.awq import Awq
 from edgellm.checkpoint.base import name_of
 from edgellm.checkpoint.compressed_tensors import CompressedTensors
+from edgellm.checkpoint.config_file import ConfigFile
 from edgellm.checkpoint.gptq import Gptq
-from edgellm.checkpoint.huggingface_config import CONFIG, ConfigFile, family_of, read_spec
+from edgellm.checkpoint.huggingface_config import CONFIG, family_of, read_spec
 from edgellm.checkpoint.huggingface_places import FUSED_GATE_UP, places_of
 from edgellm.checkpoint.huggingface_qwen import is_qwen, qwen_places, read_qwen
 from edgellm.checkpoint.huggingface_text import TextFiles

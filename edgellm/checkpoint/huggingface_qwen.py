@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from edgellm.checkpoint.huggingface_config import NO_ARITHMETIC, ConfigFile
+from edgellm.checkpoint.config_file import ConfigFile
+from edgellm.checkpoint.huggingface_config import NO_ARITHMETIC
 from edgellm.checkpoint.place import Place, fused
 from edgellm.errors import CheckpointError
 from edgellm.model.spec import ModelSpec

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
+from edgellm.checkpoint.config_file import MAX_CONFIG_BYTES, ConfigFile
 from edgellm.checkpoint.gguf_model import END_OF_ANSWER
-from edgellm.checkpoint.huggingface_config import MAX_CONFIG_BYTES, ConfigFile
 from edgellm.checkpoint.safetensors import parse_json, read_bytes, read_json
 from edgellm.checkpoint.sentencepiece_model import read_sentencepiece
 from edgellm.errors import CheckpointError

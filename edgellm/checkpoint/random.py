@@ -17,9 +17,10 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from edgellm.checkpoint.random_models import MODELS, TINY
 from edgellm.errors import CheckpointError, UsageError
 from edgellm.model.quantization import Quantization
-from edgellm.model.spec import Mixture, ModelSpec
+from edgellm.model.spec import ModelSpec
 from edgellm.model.weights import Dense, Float, Grouped, Groups, Weight
 from edgellm.text.bpe import CONTROL, NORMAL, BpeVocabulary
 from edgellm.text.spelling import BYTE_ALPHABET
@@ -34,112 +35,18 @@ _END: Final = "<|endoftext|>"
 _TEMPLATE: Final = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
 
-def _llama(**numbers: float) -> ModelSpec:
-    return ModelSpec(architecture="LlamaForCausalLM", norm_epsilon=1e-5, **numbers)  # type: ignore[arg-type]
-
-
-def _qwen2(**numbers: float) -> ModelSpec:
-    return ModelSpec(
-        architecture="Qwen2ForCausalLM",
-        norm_epsilon=1e-6,
-        attn_bias=True,
-        **numbers,  # type: ignore[arg-type]
-    )
-
-
-MODELS: Final[dict[str, ModelSpec]] = {
-    "smollm2-135m": _llama(
-        vocab_size=49_152,
-        hidden_size=576,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        head_size=64,
-        intermediate_size=1536,
-        max_position_embeddings=8192,
-        rotary_base=100_000.0,
-        tie_word_embeddings=True,
-    ),
-    "qwen2.5-0.5b": _qwen2(
-        vocab_size=151_936,
-        hidden_size=896,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        head_size=64,
-        intermediate_size=4864,
-        max_position_embeddings=32_768,
-        rotary_base=1_000_000.0,
-        tie_word_embeddings=True,
-    ),
-    "qwen2.5-7b": _qwen2(
-        vocab_size=152_064,
-        hidden_size=3584,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        head_size=128,
-        intermediate_size=18_944,
-        max_position_embeddings=32_768,
-        rotary_base=1_000_000.0,
-    ),
-    # QWenLMHeadModel's numbers in Qwen2's form, which computes the same.
-    "qwen-7b-chat": _qwen2(
-        vocab_size=151_936,
-        hidden_size=4096,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        head_size=128,
-        intermediate_size=11_008,
-        max_position_embeddings=8192,
-        rotary_base=10_000.0,
-    ),
-    "qwen3-8b": ModelSpec(
-        architecture="Qwen3ForCausalLM",
-        vocab_size=151_936,
-        hidden_size=4096,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_size=128,
-        intermediate_size=12_288,
-        norm_epsilon=1e-6,
-        max_position_embeddings=40_960,
-        rotary_base=1_000_000.0,
-        qk_layernorm=True,
-    ),
-    "qwen3-30b-a3b": ModelSpec(
-        architecture="Qwen3MoeForCausalLM",
-        vocab_size=151_936,
-        hidden_size=2048,
-        num_hidden_layers=48,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_size=128,
-        intermediate_size=6144,
-        norm_epsilon=1e-6,
-        max_position_embeddings=40_960,
-        rotary_base=1_000_000.0,
-        qk_layernorm=True,
-        moe=Mixture(num_experts=128, top_k=8),
-        moe_intermediate_size=768,
-    ),
-}
-"""Name → numbers, of the models' own config.json."""
-
-
 def random_checkpoint(name: str, quant: str, seed: int = 0) -> RandomCheckpoint:
     """A model of a known shape.
 
     Raises:
         UsageError: the name or the quantization is none that is known.
     """
-    if name not in MODELS:
-        raise UsageError(f"--random {name}: there are {', '.join(MODELS)}")
+    specs = MODELS | TINY
+    if name not in specs:
+        raise UsageError(f"--random {name}: there are {', '.join(specs)}")
     for known in QUANTS:
         if quant == known:
-            return RandomCheckpoint(MODELS[name], name=f"{name}-random", quant=known, seed=seed)
+            return RandomCheckpoint(specs[name], name=f"{name}-random", quant=known, seed=seed)
     raise UsageError(f"--quant {quant}: there are {', '.join(QUANTS)}")
 
 

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from edgellm.bench.report import Report
     from edgellm.client import Model
 
-UNAVAILABLE = 69
-"""sysexits(3): a service is not available."""
-
 MERGED = 1.05
 """Tokens in a delta on average from which a reader should know."""
 
@@ -106,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         report = _endpoint(args)
     except ClientError as error:
         print(f"edgellm bench: {error}", file=sys.stderr)
-        return UNAVAILABLE
+        return error.exit_code
     show(report, args.form)
     return 1 if any(row["errors"] for row in report.rows) else 0
 

@@ -114,7 +114,8 @@ def run(args: argparse.Namespace) -> int:
     from edgellm.commands.progress import progress_bar
     from edgellm.commands.target import read_target
     from edgellm.engine_draft import remove_abandoned_drafts
-    from edgellm.enginedir import new_engine, real_path, seal
+    from edgellm.engine_place import new_engine, real_path
+    from edgellm.engine_seal import seal
 
     started = time.monotonic()
     target = read_target(args)
@@ -136,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
     for draft in remove_abandoned_drafts(real_path(args.output)):
         print(f"removed {draft}, left by a build that was killed", file=sys.stderr)
     with _sigterm_raises(), progress_bar() as progress, new_engine(args.output) as draft:
-        _write_text(checkpoint, draft)
+        complaint = _write_text(checkpoint, draft)
         if quantized is not None:
             quantized.calibrate(draft, progress)
         network = _write_network(target, checkpoint, draft, build, progress)
@@ -145,6 +146,11 @@ def run(args: argparse.Namespace) -> int:
             quantized.write_report(draft, progress)
         progress("checksums", 1.0)
         config = seal(draft, config, network.hashed)
+    if complaint is not None:
+        print(
+            f"warning: the engine answers `generate` only, and refuses every `chat`: {complaint}",
+            file=sys.stderr,
+        )
     for warning in network.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     size = sum(record.bytes for record in config.edgellm.files.values())
@@ -301,8 +307,12 @@ def _executor_version(target: Target) -> str:
     return f"layout {LAYOUT_VERSION}"
 
 
-def _write_text(checkpoint: Checkpoint, draft: Path) -> None:
-    """Write what turns text into tokens and back, and see that it can be used."""
+def _write_text(checkpoint: Checkpoint, draft: Path) -> str | None:
+    """Write what turns text into tokens and back, and see that it can be used.
+
+    Returns:
+        Why the chat template is of no use, if there is one that is not.
+    """
     from edgellm import enginedir
     from edgellm.errors import CheckpointError, EngineError
     from edgellm.text.chat import ChatTemplate
@@ -324,9 +334,12 @@ def _write_text(checkpoint: Checkpoint, draft: Path) -> None:
             (draft / enginedir.CHAT_TEMPLATE).write_text(
                 checkpoint.chat_template, encoding="utf-8", newline=""
             )
-            ChatTemplate(checkpoint.chat_template, bos=checkpoint.bos_token, eos=checkpoint.eos_token)
+            return ChatTemplate(
+                checkpoint.chat_template, bos=checkpoint.bos_token, eos=checkpoint.eos_token
+            ).complaint()
     except EngineError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from error
+    return None
 
 
 def _write_network(

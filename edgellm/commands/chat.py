@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from edgellm.client import Answer, Client
     from edgellm.client.requests import Options
 
-UNAVAILABLE = 69
-"""sysexits(3): a service is not available."""
-
 PROMPT = "> "
 
 LOADING_S = 30.0
@@ -117,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
             _answer(client, [*_system(args), {"role": "user", "content": question}], args)
         except (RequestError, ClientError) as error:
             print(_line(error), file=sys.stderr)
-            return UNAVAILABLE if isinstance(error, ClientError) else 1
+            return error.exit_code if isinstance(error, ClientError) else 1
     return 0
 
 

@@ -59,13 +59,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prove(args: argparse.Namespace) -> int:
-    """Compare the two engines and print a table for an issue or a report."""
+    """Compare the two engines and print a table for an issue or a report, each line when it is known."""
     import secrets
 
     from edgellm.config import EngineConfig
-    from edgellm.doctor.proof import as_markdown, prove, sample_prompts
+    from edgellm.doctor.proof import heading, prove, row, sample_prompts
+    from edgellm.doctor.static_memory import StaticMemory
     from edgellm.enginedir import open_engine
     from edgellm.errors import UsageError
+    from edgellm.executor.device import DeviceExecutor
     from edgellm.executor.factory import make_executor
 
     if args.engine is None or args.reference is None:
@@ -82,11 +84,20 @@ def _prove(args: argparse.Namespace) -> int:
     try:
         for executor in (reference, tested):
             executor.load(lambda _part, _done: None)
+        memory = StaticMemory(tested.driver) if isinstance(tested, DeviceExecutor) else None
+        device = tested.driver.facts.described if isinstance(tested, DeviceExecutor) else ""
         slots = min(4, tested.info.max_batch_size, reference.info.max_batch_size)
         prompts = sample_prompts(reference, count=slots, length=args.length, seed=seed)
-        cases = list(prove(tested, reference, prompts))
+        print(heading(tested.info, directories[0].model_name, seed, device=device), flush=True)
+        good = True
+        for case in prove(tested, reference, prompts):
+            print(row(case), flush=True)
+            good &= case.passed
+        if memory is not None:
+            taken = memory.taken()
+            print(f"\n{taken}: {'passed' if taken.nothing else 'FAILED'}", flush=True)
+            good &= taken.nothing
     finally:
         for executor in (reference, tested):
             executor.close()
-    print(as_markdown(cases, tested.info, directories[0].model_name, seed))
-    return 0 if all(case.passed for case in cases) else 2
+    return 0 if good else 2

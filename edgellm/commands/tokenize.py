@@ -1,7 +1,7 @@
 """`edgellm tokenize PATH TEXT`: a text's tokens, and whether they give the text back.
 
-Exit code: 0; 1 if the tokens do not give the text back; 65 for a checkpoint and 66 for an engine whose
-tokenizer cannot be used.
+Exit code: 0; 1 if the tokens do not give the text back, or a daemon refuses the text; 65 for a checkpoint and
+66 for an engine whose tokenizer cannot be used; 69 if no daemon answers.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from edgellm.text.tokenizer import Tokenizer
 
 LOSSY: Final = 1
+SOCKETS: Final = ("ipc://", "tcp://")
+"""What a PATH begins with that is a daemon's."""
 _SHOWN: Final = 20
 """Characters of a text around where it differs."""
 _BYTE: Final = re.compile(r"(?<!\\)((?:\\\\)*)\\udc([89a-f][0-9a-f])")
@@ -52,7 +54,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="show a text's tokens, and whether they give it back",
         description="Show a text's tokens. Exit code: 0, or 1 if they do not give the text back.",
     )
-    parser.add_argument("path", type=Path, metavar="PATH", help="engine, model directory or GGUF file")
+    parser.add_argument(
+        "path",
+        metavar="PATH",
+        help="engine, model directory or GGUF file; or a daemon's socket, ipc://…: the ids it makes of TEXT",
+    )
     parser.add_argument("text", metavar="TEXT", help="'-': from stdin")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
@@ -83,15 +89,17 @@ def run(args: argparse.Namespace) -> int:
     """
     from edgellm.commands.build import refuse_model_name
 
-    refuse_model_name(args.path)
-    tokenizer, template = _open(args.path)
+    if args.path.startswith(SOCKETS):
+        return _ask(args)
+    path = Path(args.path)
+    refuse_model_name(path)
+    tokenizer, template = _open(path)
     given = _text(args.text)
     if args.decode:
         print(_decode(tokenizer, _ids(given, tokenizer.vocab_size)))
         return 0
-    if args.chat or args.messages:
-        messages = [{"role": "user", "content": given}] if args.chat else _messages(given)
-        text, ids = _converse(args.path, tokenizer, template, messages)
+    if (messages := _conversation(args, given)) is not None:
+        text, ids = _converse(path, tokenizer, template, messages)
     else:
         text, ids = given, tokenizer.encode(given, bos=args.bos).tolist()
     report = _report(tokenizer, text, ids)
@@ -102,6 +110,34 @@ def run(args: argparse.Namespace) -> int:
     if report.difference is not None and args.ids:
         print(f"edgellm tokenize: {report.difference}", file=sys.stderr)
     return 0 if report.difference is None else LOSSY
+
+
+def _ask(args: argparse.Namespace) -> int:
+    """Print the ids that a daemon makes of the text; the exit code."""
+    from edgellm.client import Client
+    from edgellm.errors import ClientError, RequestError, UsageError
+
+    for flag, given_too in (("--decode", args.decode), ("--bos", args.bos)):
+        if given_too:
+            raise UsageError(
+                f"{flag} is none of what a daemon can be asked: name its engine, not {args.path}"
+            )
+    given = _text(args.text)
+    messages = _conversation(args, given)
+    with Client(args.path) as client:
+        try:
+            ids = client.tokenize(given) if messages is None else client.tokenize(messages=messages)
+        except (RequestError, ClientError) as error:
+            print(f"edgellm tokenize: {error}", file=sys.stderr)
+            return error.exit_code if isinstance(error, ClientError) else 1
+    if args.json:
+        print(json.dumps({"ids": ids}))
+    elif args.ids:
+        print(*ids)
+    else:
+        print(*ids, sep="\n")
+        print(f"{len(ids)} token{'' if len(ids) == 1 else 's'}")
+    return 0
 
 
 def _open(path: Path) -> tuple[Tokenizer, ChatTemplate | None]:
@@ -153,6 +189,13 @@ def _ids(text: str, vocab_size: int) -> list[int]:
             raise UsageError(f"{word!r} is no token id: they are 0…{vocab_size - 1}")
         ids.append(int(word))
     return ids
+
+
+def _conversation(args: argparse.Namespace, given: str) -> list[dict[str, str]] | None:
+    """What goes through the chat template; None if the text is to be taken as it is."""
+    if args.chat:
+        return [{"role": "user", "content": given}]
+    return _messages(given) if args.messages else None
 
 
 def _messages(text: str) -> list[dict[str, str]]:

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 
     from edgellm.client import Events, StateChange, Status
 
-UNAVAILABLE = 69
-"""sysexits(3): a service is not available."""
-
 SILENCE_S = 3.0
 """Statistics come every second: after so long the daemon is stuck, or gone."""
 
@@ -81,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
             return 0
     except ClientError as error:
         print(f"edgellm top: {error}", file=sys.stderr)
-        return UNAVAILABLE
+        return error.exit_code
 
 
 def _without_us(status: Status) -> Status:

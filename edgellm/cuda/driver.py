@@ -77,6 +77,14 @@ class Facts:
     clock_khz: int
     driver: tuple[int, int]
 
+    @property
+    def described(self) -> str:
+        """For a report's first line."""
+        return (
+            f"{self.name} (sm_{self.device.sm}, {self.device.multiprocessors} SMs at up to "
+            f"{self.clock_khz / 1000:.0f} MHz, driver for CUDA {self.driver[0]}.{self.driver[1]})"
+        )
+
 
 class Driver:
     """The primary context of a device, current on the thread that made this; see `attach`.
@@ -98,6 +106,7 @@ class Driver:
         self._root = root
         self._streams: list[Any] = []
         self._modules: list[Any] = []
+        self._held: dict[int, int] = {}
         self._device: Any = None
         self._context: Any = None
         try:
@@ -151,7 +160,7 @@ class Driver:
     def allocate(self, size: int) -> int:
         """Device memory, 256-byte aligned; its address."""
         try:
-            return int(self.call("cuMemAlloc", size))
+            address = int(self.call("cuMemAlloc", size))
         except TemporaryShortage as error:
             free, total = self.memory()
             raise TemporaryShortage(
@@ -159,21 +168,31 @@ class Driver:
                 f"{show_size(total)} are free; lower engine.max_batch_size or engine.max_seq_len, or end "
                 "what else uses the GPU"
             ) from error
+        self._held[address] = size
+        return address
 
     def free(self, address: int) -> None:
         """Give device memory back."""
+        self._held.pop(address, None)
         self.call("cuMemFree", address)
 
     def pin(self, size: int) -> NDArray[np.uint8]:
         """Page-locked host memory, zeroed: uint8 [size]; its address is what the device sees, too."""
         address = int(self.call("cuMemHostAlloc", size, _HOST_PORTABLE))
+        self._held[address] = size
         array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
         array[:] = 0
         return array
 
     def unpin(self, array: NDArray[np.uint8]) -> None:
         """Give page-locked memory back; nothing may look at it any more."""
+        self._held.pop(array.ctypes.data, None)
         self.call("cuMemFreeHost", array.ctypes.data)
+
+    @property
+    def held(self) -> int:
+        """Bytes of device and page-locked memory that were asked for here and not given back."""
+        return sum(self._held.values())
 
     def memory(self) -> tuple[int, int]:
         """Bytes free and in all, as the driver sees it."""

@@ -101,21 +101,30 @@ def sample_prompts(executor: Executor, *, count: int, length: int, seed: int) ->
     return prompts
 
 
-def as_markdown(cases: Sequence[Case], info: ExecutorInfo, model: str, seed: int) -> str:
-    """A table that can be pasted into an issue as it is."""
-    lines = [
-        f"{model}, executor {info.name}, {info.max_batch_size} slots of {info.max_seq_len} tokens, "
-        f"seed {seed}, {platform.machine()}, Python {platform.python_version()}, edgellm {__version__}",
-        "",
-        "| case | positions | mean KL | largest KL | same best token | surely another | |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
-    ]
-    lines += [
+def heading(info: ExecutorInfo, model: str, seed: int, *, device: str = "") -> str:
+    """What stands above the rows, so that all can be pasted into an issue as it is.
+
+    Args:
+        device: what it runs on, where that is no CPU.
+    """
+    on = f" on {device}" if device else ""
+    return "\n".join(
+        [
+            f"{model}, executor {info.name}{on}, {info.max_batch_size} slots of {info.max_seq_len} tokens, "
+            f"seed {seed}, {platform.machine()}, Python {platform.python_version()}, edgellm {__version__}",
+            "",
+            "| case | positions | mean KL | largest KL | same best token | surely another | |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
+        ]
+    )
+
+
+def row(case: Case) -> str:
+    """A case's line of the table."""
+    return (
         f"| {case.name} | {case.positions} | {case.mean_kl:.5f} | {case.max_kl:.5f} | {case.agreeing} | "
         f"{case.flipped} | {'passed' if case.passed else 'FAILED'} |"
-        for case in cases
-    ]
-    return "\n".join(lines)
+    )
 
 
 def _ragged(texts: Sequence[list[int]], whole: int) -> Iterator[Rows]:

@@ -26,15 +26,8 @@ from edgellm.kernels.elementwise import embed_chunk, embed_rows, last_row, rms_n
 from edgellm.kernels.gemm import prefill_linear, prefill_workspace
 from edgellm.kernels.linear import BUCKETS, Epilogue, decode_linear, decode_workspace
 from edgellm.kernels.linear import Norm as FusedNorm
-from edgellm.kernels.moe import (
-    MixtureShape,
-    MixtureWeights,
-    Tokens,
-    chunk_mixture,
-    mixture_workspace,
-    router_workspace,
-    row_mixture,
-)
+from edgellm.kernels.moe import chunk_mixture, mixture_workspace, router_workspace, row_mixture
+from edgellm.kernels.moe_shape import MixtureShape, MixtureWeights, Tokens
 from edgellm.kernels.rows import CHUNK, ROW
 from edgellm.kernels.sample import SAMPLED, SAMPLING, sample, sample_workspace
 from edgellm.memory.arena import Buffer, Placement, aligned, place

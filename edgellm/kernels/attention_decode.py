@@ -210,8 +210,10 @@ def _stage_bytes(shape: AttentionShape) -> int:
 
 
 def _static_shared(shape: AttentionShape, warps: int) -> int:
-    sums = warps * shape.queries * (shape.head_size + 4 + 2) * 4
-    return sums + shape.queries * (shape.head_size + 8) * 2 + _STATIC_SHARED
+    sums = warps * shape.queries * (shape.head_size + 8 + 2) * 4
+    # As float16, or two bytes each of a multiple of 32 and a scale.
+    query = (shape.head_size + 8) * 2 if shape.kv == "fp16" else 2 * (-(-shape.head_size // 32) * 32 + 16) + 4
+    return sums + shape.queries * query + _STATIC_SHARED
 
 
 def _partial_bytes(shape: AttentionShape) -> int:

@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1)
 
 // ---- experts
 
-// What a block's shared memory holds, in this order. `moe.py` computes the same.
+// What a block's shared memory holds, in this order. `moe_cuts.py` computes the same.
 template <int BITS, int GROUP, int ZERO, int K, int MOST, int WARPS, int WARPS_K, int STAGES> struct Layout {
   using P = Panel<BITS, GROUP, ZERO>;
   static constexpr int PANELS = K / P::COLUMNS;

@@ -19,7 +19,7 @@ from edgellm.checkpoint.base import Checkpoint
 from edgellm.engine_config import BuildConfig
 from edgellm.executor.base import Progress
 from edgellm.kernels.elementwise import table_of, table_rows
-from edgellm.kernels.moe import require_mixture
+from edgellm.kernels.moe_shape import require_mixture
 from edgellm.kernels.packing import pack, pack_bias, packed_shape
 from edgellm.model.decoder import Attention, Expert, build_decoder, require_context
 from edgellm.model.network import (

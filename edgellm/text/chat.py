@@ -39,6 +39,14 @@ class ChatTemplate:
         except Exception as error:  # Python's compiler has limits of its own, and says so in its own ways
             raise EngineError(f"the chat template does not compile: {_brief(error)}") from error
 
+    def complaint(self) -> str | None:
+        """Why it cannot write the simplest conversation, a user's single message; None: it can."""
+        try:
+            self.render([{"role": "user", "content": "Hello."}])
+        except BadRequest as error:
+            return str(error)
+        return None
+
     def render(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
         """The conversation as text, up to where the answer begins.
 

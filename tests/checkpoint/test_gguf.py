@@ -14,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgellm.checkpoint import open_checkpoint
-from edgellm.checkpoint.gguf import MAX_STRING_BYTES, TENSOR_TYPES, GgufFile
+from edgellm.checkpoint.gguf import GgufFile
+from edgellm.checkpoint.gguf_header import MAX_STRING_BYTES
+from edgellm.checkpoint.gguf_tensors import TENSOR_TYPES
 from edgellm.errors import CheckpointError
 
 

@@ -12,8 +12,9 @@ from gguf_blocks import BLOCK_TYPES, random_blocks
 from numpy.typing import NDArray
 
 from edgellm.checkpoint import gguf_layouts
-from edgellm.checkpoint.gguf import TENSOR_TYPES, GgufFile
+from edgellm.checkpoint.gguf import GgufFile
 from edgellm.checkpoint.gguf_layouts import weight
+from edgellm.checkpoint.gguf_tensors import TENSOR_TYPES
 from edgellm.errors import CheckpointError
 from edgellm.model.weights import Grouped, Weight
 

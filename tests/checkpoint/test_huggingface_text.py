@@ -11,8 +11,8 @@ import pytest
 from ggufs import Llama, token_types, tokens
 from vocabularies import GOLDEN, LEGACY, MODEL, RANKS, load
 
+from edgellm.checkpoint.config_file import ConfigFile
 from edgellm.checkpoint.gguf_model import GgufCheckpoint
-from edgellm.checkpoint.huggingface_config import ConfigFile
 from edgellm.checkpoint.huggingface_text import TextFiles
 from edgellm.errors import CheckpointError
 from edgellm.text.tiktoken import CHATML

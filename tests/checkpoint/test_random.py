@@ -8,7 +8,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from edgellm.checkpoint.random import MODELS, QUANTS, RandomCheckpoint, random_checkpoint
+from edgellm.checkpoint.random import QUANTS, Quant, RandomCheckpoint, random_checkpoint
+from edgellm.checkpoint.random_models import MODELS, SMALL, TINY
 from edgellm.errors import CheckpointError, UsageError
 from edgellm.model.inventory import take_inventory
 from edgellm.model.weights import Dense, Grouped
@@ -32,6 +33,18 @@ def test_every_shape_makes_a_network(name: str, quant: str) -> None:
         "qwen3-30b-a3b": 30.53,
     }
     assert billions == pytest.approx(known[name], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", [*TINY, *SMALL])
+@pytest.mark.parametrize("quant", QUANTS)
+def test_little_models_have_a_part_of_each_kind(name: str, quant: Quant) -> None:
+    spec = (TINY | SMALL)[name]
+    checkpoint = random_checkpoint(name, quant) if name in TINY else RandomCheckpoint(spec, name, quant)
+    assert checkpoint.spec == spec
+    inventory = take_inventory(checkpoint)
+    assert sum(each.elements for each in inventory) < 20_000_000
+    assert ("expert" in {each.role for each in inventory}) == (spec.moe is not None)
+    assert spec.num_attention_heads > spec.num_key_value_heads
 
 
 @pytest.mark.parametrize("quant", QUANTS)

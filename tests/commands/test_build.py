@@ -225,7 +225,7 @@ def test_sigterm_leaves_nothing(tiny: Path, tmp_path: Path, monkeypatch: pytest.
 
 KILLED = """
 import pathlib, sys
-from edgellm.enginedir import new_engine
+from edgellm.engine_place import new_engine
 with new_engine(pathlib.Path(sys.argv[1])) as draft:
     (draft / "model.onnx.data").write_bytes(bytes(1000))
     print(draft, flush=True)

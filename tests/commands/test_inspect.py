@@ -129,6 +129,8 @@ def test_a_template_that_is_of_no_use(tmp_path: Path, capsys: pytest.CaptureFixt
         tmp_path / "engine",
     )
     assert main(["build", str(path), "-o", str(engine)]) == 0
+    warned = capsys.readouterr().err
+    assert "warning: the engine answers `generate` only, and refuses every `chat`: the model's chat" in warned
     for one in (path, engine):
         capsys.readouterr()
         assert "it makes too much text" in inspect(one, capsys)["chat_error"]

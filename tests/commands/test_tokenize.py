@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_engine import Service
 from ggufs import CONTROL_TOKENS, Llama, tokens
 from hypothesis import given
 from hypothesis import strategies as st
@@ -155,3 +156,25 @@ def test_what_cannot_be_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (tmp_path / "engine").mkdir()
     (tmp_path / "engine" / "config.json").write_text('{"edgellm": {"format_version": 0}}')
     assert main(["tokenize", str(tmp_path / "engine"), "hello"]) == EngineError.exit_code
+
+
+def test_a_daemon_is_asked_for_its_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Service(tmp_path) as service:
+
+        def out(*args: str) -> str:
+            assert main(["tokenize", service.endpoint, *args]) == 0
+            return capsys.readouterr().out
+
+        assert out("hé", "--ids") == "104 195 169\n"
+        assert out("hi") == "104\n105\n2 tokens\n"
+        said = "user:hi\nassistant:"
+        assert json.loads(out("hi", "--chat", "--json")) == {"ids": list(said.encode())}
+        turns = json.dumps([{"role": "user", "content": "hi"}])
+        assert out(turns, "--messages", "--ids") == out("hi", "--chat", "--ids")
+        assert main(["tokenize", service.endpoint, '[{"role": "tool", "content": "x"}]', "--messages"]) == 1
+        assert "this chat template knows no tool" in capsys.readouterr().err
+        for flag in ("--decode", "--bos"):
+            assert main(["tokenize", service.endpoint, "1 2", flag]) == UsageError.exit_code
+            assert f"{flag} is none of what a daemon can be asked" in capsys.readouterr().err
+    assert main(["tokenize", service.endpoint, "hi"]) == 69
+    assert service.endpoint in capsys.readouterr().err

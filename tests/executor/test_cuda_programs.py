@@ -127,7 +127,7 @@ def test_the_file_is_safetensors_and_holds_what_was_packed(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("sm", [87, 90])
-@pytest.mark.parametrize("network", ["llama", "qwen3moe"])
+@pytest.mark.parametrize("network", ["llama", "qwen3-moe"])
 def test_all_kernels_of_a_network_compile_and_fit(network: str, sm: int, tmp_path: Path) -> None:
     build(network, "int4", tmp_path)
     device = next(each for each in DEVICES.values() if each.sm == sm)
@@ -168,7 +168,7 @@ def test_another_layout_and_damage_are_refused_with_what_to_do(tmp_path: Path) -
 
 
 def test_experts_lie_one_behind_the_other_and_are_packed_alike(tmp_path: Path) -> None:
-    checkpoint = build("qwen3moe", "int4", tmp_path)
+    checkpoint = build("qwen3-moe", "int4", tmp_path)
     tensors = load_file(tmp_path / "weights.safetensors")
     mixture = read_network(tmp_path / "network.json").layers[1].mlp
     assert isinstance(mixture, Mixture) and (mixture.top_k, mixture.normalize) == (2, True)
@@ -185,7 +185,7 @@ def test_experts_of_different_kinds_take_the_form_that_holds_all() -> None:
     """One of 8 bits, in smaller groups than the others' 4: exactly, both."""
 
     def expert(number: int, quant: Quant) -> Expert:
-        spec = NETWORKS["qwen3moe"]
+        spec = NETWORKS["qwen3-moe"]
         there = RandomCheckpoint(spec, "tiny", quant, number)
         return Expert(*(there.tensor(f"layers.0.mlp.experts.{number}.{part}_proj") for part in PARTS))
 
@@ -201,7 +201,7 @@ def test_experts_of_different_kinds_take_the_form_that_holds_all() -> None:
 @pytest.mark.parametrize(("experts", "top_k"), [(513, 8), (64, 33)])
 def test_a_mixture_beyond_the_kernels_is_refused_by_name(experts: int, top_k: int) -> None:
     spec = msgspec.structs.replace(
-        NETWORKS["qwen3moe"], moe=SpecMixture(num_experts=experts, top_k=top_k), num_hidden_layers=1
+        NETWORKS["qwen3-moe"], moe=SpecMixture(num_experts=experts, top_k=top_k), num_hidden_layers=1
     )
     checkpoint = RandomCheckpoint(spec, "wide", "fp16")
     message = rf"layers\.0\.mlp\.gate has {experts} experts, {top_k} for a token; .* --executor cpu"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
+from edgellm.checkpoint.random_models import model_of
 from edgellm.memory.cpu import CpuFootprint
 from edgellm.memory.plan import Shape
 from edgellm.model.inventory import Matrices
-from edgellm.model.spec import ModelSpec
 
 
 def footprint(
@@ -22,18 +22,16 @@ def footprint(
 ) -> CpuFootprint:
     """SmolLM2-135M's shape unless told otherwise, in Q4_1 with a tied Q8_0 embedding."""
     head = hidden // heads
-    spec = ModelSpec(
-        architecture="LlamaForCausalLM",
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_size=head,
-        intermediate_size=inner,
-        norm_epsilon=1e-5,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
+    spec = model_of(
+        "llama",
+        vocabulary=vocabulary,
+        hidden=hidden,
+        layers=layers,
+        heads=(heads, kv_heads),
+        head=head,
+        inner=inner,
+        context=8192,
+        tied=True,
     )
     linears = (
         (heads * head, hidden, 2),

@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from edgellm.checkpoint.random import RandomCheckpoint
+from edgellm.checkpoint.random_models import SMALL
 from edgellm.doctor.proof import prove
 from edgellm.executor.base import ExecutorInfo, Row, Step, Want
 from edgellm.model.weights import Dense, Weight
@@ -20,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "gpu"))
 from network_checks import MAX_MEAN_KL
 from reference import NumpyExecutor
 from reference_decoder import reference_logits
-from small_networks import SMALL
 
 
 def small(name: str) -> RandomCheckpoint:

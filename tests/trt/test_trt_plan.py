@@ -12,10 +12,10 @@ from tiny_llama import TINY, TinyLlama
 from trt_models import trt_api
 
 from edgellm.checkpoint import open_checkpoint
-from edgellm.checkpoint.random import MODELS, RandomCheckpoint
+from edgellm.checkpoint.random import RandomCheckpoint
+from edgellm.checkpoint.random_models import MODELS, model_of
 from edgellm.enginedir import BuildConfig
 from edgellm.errors import BuildError
-from edgellm.model.spec import ModelSpec
 from edgellm.tensorrt.build_log import BuildLog, constants_by_type
 from edgellm.tensorrt.plan import build_plan, reason_of
 
@@ -77,17 +77,8 @@ def test_a_target_that_the_library_does_not_know_is_refused(tmp_path: Path) -> N
 
 
 def test_a_cache_beyond_what_kernels_index_is_refused_with_what_would_do() -> None:
-    spec = ModelSpec(
-        architecture="LlamaForCausalLM",
-        vocab_size=64,
-        hidden_size=256,
-        num_hidden_layers=1,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        head_size=128,
-        intermediate_size=64,
-        norm_epsilon=1e-5,
-        max_position_embeddings=1 << 20,
+    spec = model_of(
+        "llama", vocabulary=64, hidden=256, layers=1, heads=(8, 8), head=128, inner=64, context=1 << 20
     )
     build = _config(max_seq_len=1 << 18, max_input_len=1000, max_batch_size=8)
     with pytest.raises(BuildError, match=r"--max-seq-len 262143 or --max-batch-size 7 would do"):

@@ -11,7 +11,8 @@ import pytest
 from msgspec import structs
 from trt_models import trt_api
 
-from edgellm.checkpoint.random import MODELS, RandomCheckpoint
+from edgellm.checkpoint.random import RandomCheckpoint
+from edgellm.checkpoint.random_models import MODELS
 from edgellm.enginedir import BuildConfig
 from edgellm.model.spec import ModelSpec
 from edgellm.tensorrt.plan import build_plan

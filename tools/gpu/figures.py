@@ -90,6 +90,7 @@ H100: Final = (
     Gate("real model mean KL", 0.001, unit="nats", most=True),
     Gate("Orin's shape linear least × its memory", 1.5, unit="×"),
     Gate("Orin's shape attention least × its memory", 1.5, unit="×"),
+    Gate("Orin's shape attention int8 least × its memory", 1.5, unit="×"),
 )
 """On one NVIDIA H100, int4 in groups of 128, decode of 128 tokens behind 512. Other devices have no bounds of
 their own: the table shows how far they are from these."""

@@ -317,15 +317,22 @@ def cuts(shape: PackedShape, rows: int, runner: Runner, *, normed: bool) -> Iter
             yield sharing
 
 
-def checks(runner: Runner, seed: int, cases: Sequence[Case] = CASES) -> list[str]:
-    """Every case in every bucket; what is wrong."""
+def checks(
+    runner: Runner,
+    seed: int,
+    cases: Sequence[Case] = CASES,
+    *,
+    buckets: Sequence[int] = BUCKETS,
+    chunks: Sequence[tuple[int, int]] = CHUNKS,
+) -> list[str]:
+    """Every case in every bucket of rows, and in chunks (tokens, how many are there); what is wrong."""
     rng = np.random.default_rng(seed)
     wrong: list[str] = []
     made = [(case, make_matrix(rng, case)) for case in cases]
     todo = [
         (case, matrix, rows, cut)
         for case, matrix in made
-        for rows in BUCKETS
+        for rows in buckets
         for cut in cuts(matrix.shape, rows, runner, normed=case.normed)
     ]
     runner.prepare(launch for item in todo for launch in _launches(runner, *item))
@@ -336,8 +343,8 @@ def checks(runner: Runner, seed: int, cases: Sequence[Case] = CASES) -> list[str
         (case, matrix, tokens, count, tile)
         for case, matrix in made
         if case.epilogue != "logits"
-        for tokens, count in CHUNKS
-        for tile in _tiles(matrix.shape, tokens, runner)
+        for tokens, count in chunks
+        for tile in _tiles(matrix.shape, runner, every=tokens == chunks[-1][0])
     ]
     runner.prepare(
         launch
@@ -349,10 +356,10 @@ def checks(runner: Runner, seed: int, cases: Sequence[Case] = CASES) -> list[str
     return wrong
 
 
-def _tiles(shape: PackedShape, tokens: int, runner: Runner) -> list[Tile | None]:
-    """What the device takes, and in the largest bucket every tile that fits."""
-    every = [tile for tile in TILES if gemm_shared_bytes(shape, tile) <= runner.device.shared_per_block]
-    return [None, *(every[:: max(1, len(every) // 3)] if tokens == CHUNKS[-1][0] else [])]
+def _tiles(shape: PackedShape, runner: Runner, *, every: bool) -> list[Tile | None]:
+    """What the device takes; `every`: and some of the tiles that fit."""
+    fitting = [tile for tile in TILES if gemm_shared_bytes(shape, tile) <= runner.device.shared_per_block]
+    return [None, *(fitting[:: max(1, len(fitting) // 3)] if every else [])]
 
 
 def _launches(runner: Runner, case: Case, matrix: Matrix, rows: int, cut: Tuning) -> list[Launch]:

@@ -21,19 +21,13 @@ from edgellm.kernels.gemm import prefill_workspace
 from edgellm.kernels.linear import BUCKETS, COUNTERS_BYTES
 from edgellm.kernels.moe import (
     PIECE,
-    Cuts,
-    MixtureShape,
-    MixtureWeights,
-    Tokens,
-    Tuning,
     chunk_mixture,
     mixture_workspace,
     places_of,
     row_mixture,
-    shared_bytes,
-    tiled,
-    tuned,
 )
+from edgellm.kernels.moe_cuts import Cuts, Tuning, shared_bytes, tiled, tuned
+from edgellm.kernels.moe_shape import MixtureShape, MixtureWeights, Tokens
 from edgellm.kernels.packing import PackedShape, Zero, pack, packed_shape
 from edgellm.kernels.rows import CHUNK, ROW
 

@@ -16,12 +16,12 @@ from limited import Say
 from loaded import exact, loaded
 from numpy.typing import NDArray
 from reference import NumpyExecutor
-from small_networks import SMALL
 from tokenizers import Tokenizer
 
 from edgellm.bench.prompts import PASSAGE
 from edgellm.checkpoint.base import Checkpoint, open_checkpoint
 from edgellm.checkpoint.random import QUANTS, RandomCheckpoint
+from edgellm.checkpoint.random_models import SMALL
 from edgellm.cuda.driver import Driver
 from edgellm.doctor.proof import Case, prove
 from edgellm.kernels.attention_shape import CacheKind

@@ -23,13 +23,18 @@ POISON: Final = 0xFF
 
 
 class Runner:
-    """A device with its stream, compiled kernels and buffers by name."""
+    """A device with its stream, compiled kernels and buffers by name.
 
-    def __init__(self, driver: Driver | None = None) -> None:
+    Args:
+        driver: of the device; None: the first one here.
+        compiler: of its kernels, or what stands in for it; None: NVRTC.
+    """
+
+    def __init__(self, driver: Driver | None = None, compiler: Any = None) -> None:
         self.driver = driver or Driver()
         self.device: Device = self.driver.facts.device
         self.stream = self.driver.stream()
-        self._compiler = Compiler()
+        self._compiler = compiler or Compiler()
         self._functions: dict[Kernel, Any] = {}
         self._addresses: dict[str, int] = {}
 

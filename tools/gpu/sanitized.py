@@ -23,9 +23,9 @@ import numpy as np
 import sample_checks as sampling
 from loaded import loaded
 from runner import Arrays, Runner, poisoned
-from small_networks import SMALL
 
 from edgellm.checkpoint.random import RandomCheckpoint
+from edgellm.checkpoint.random_models import SMALL
 from edgellm.cuda.driver import Driver
 from edgellm.cuda.launch import At, Device, Kernel, Launch
 from edgellm.executor.base import FEEDBACK, Row, Step, Want
@@ -57,8 +57,8 @@ MIXTURES: Final = (
 class Naming(Runner):
     """A device cut small, which names each kernel once it has run."""
 
-    def __init__(self, driver: Driver | None = None) -> None:
-        super().__init__(driver)
+    def __init__(self, driver: Driver | None = None, compiler: Any = None) -> None:
+        super().__init__(driver, compiler)
         self.device: Device = replace(self.device, multiprocessors=FEW)
         self._named: set[Kernel] = set()
 
@@ -108,7 +108,7 @@ def run_attention_decode(runner: Runner, rng: np.random.Generator) -> Iterator[s
             workspace[: counter_bytes(layer.shape, rows=3)] = 0
             arrays = layer.arrays() | {"rows": table, "qkv": qkv, "workspace": workspace}
             arrays["out"] = poisoned((3, layer.shape.heads * layer.shape.head_size), "<f2")
-            after = runner.run(attention.decode_launches(layer.shape, layer, 3, device) * 2, arrays)
+            after = runner.run(attention.decode_launches(layer.shape, layer, 3, device), arrays)
             if not np.isfinite(after["out"][[0, 2]]).all():
                 yield f"{attention.describe(layer.shape)}, cut for sm_{sm}: not finite"
 

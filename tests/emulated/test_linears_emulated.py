@@ -1,0 +1,40 @@
+"""Linears on the emulated device: every kind of weight, every way to part and to join, beside float64."""
+
+from __future__ import annotations
+
+import linear_checks
+import pytest
+from emulator.device import emulated_runner
+from emulator.driver import HOPPER, ORIN
+from linear_checks import Case
+
+from edgellm.cuda.launch import Device
+
+CASES = (
+    Case("residual in", 80, 576, 4, 32, "offset", "store", True),
+    Case("residual out", 72, 576, 4, 32, "offset", "residual", False),
+    Case("gate-up", 40, 576, 4, 64, "zero_point", "swiglu", True, True),
+    Case("head", 67, 576, 8, 32, "none", "logits", True),
+    Case("long", 48, 2432, 4, 128, "zero_point", "residual", False, True),
+    Case("wide groups", 64, 1024, 4, 128, "centred", "swiglu", True),
+    Case("8 bits", 50, 768, 8, 128, "offset", "store", True),
+    Case("Q6_K", 50, 1024, 8, 16, "none", "logits", True),
+    Case("groups of 16", 48, 768, 4, 16, "offset", "store", False),
+    Case("dense", 60, 640, 16, 64, "none", "residual", False),
+)
+DEVICES = pytest.mark.parametrize("device", [HOPPER, ORIN], ids=["sm_90", "sm_87"])
+
+
+@DEVICES
+def test_linears_compute_what_float64_does(device: Device) -> None:
+    runner = emulated_runner(device)
+    wrong = linear_checks.checks(runner, 1, CASES, buckets=(1, 2, 8, 16), chunks=((32, 19), (64, 64)))
+    assert not wrong, "\n".join(wrong)
+
+
+@DEVICES
+@pytest.mark.parametrize("copies", ["at once", "either"])
+def test_results_do_not_depend_on_who_is_first(device: Device, copies: str) -> None:
+    runner = emulated_runner(device, seed=7, copies=copies)
+    wrong = linear_checks.checks(runner, 1, CASES[:3], buckets=(2, 8), chunks=((32, 19),))
+    assert not wrong, "\n".join(wrong)
