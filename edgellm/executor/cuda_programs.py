@@ -20,7 +20,11 @@ from edgellm.cuda.launch import At, Device, Kernel, Launch
 from edgellm.kernels.adjust import AdjustmentsShape, adjust
 from edgellm.kernels.attention_decode import decode_attention
 from edgellm.kernels.attention_decode import decode_workspace as attention_workspace
-from edgellm.kernels.attention_prefill import prefill_attention, rope_and_append
+from edgellm.kernels.attention_prefill import (
+    prefill_attention,
+    prefill_attention_workspace,
+    rope_and_append,
+)
 from edgellm.kernels.attention_shape import SEQUENCE_MULTIPLE, AttentionShape, Cache, CacheKind, HeadNorms
 from edgellm.kernels.elementwise import embed_chunk, embed_rows, last_row, rms_norm
 from edgellm.kernels.gemm import prefill_linear, prefill_workspace
@@ -273,13 +277,17 @@ class Lowering:
                 norms=self._head_norms(layer),
                 cache=cache,
             )
+            size = prefill_attention_workspace(attention, tokens=tokens, device=self._device)
+            self._attention_workspace = max(self._attention_workspace, size)
             yield from prefill_attention(
                 attention,
                 tokens=tokens,
+                device=self._device,
                 chunk=chunk,
                 qkv=qkv,
                 cache=cache,
                 out=attended,
+                workspace=At("attention_workspace") if size else None,
             )
             if index == len(network.layers) - 1:
                 break

@@ -10,7 +10,14 @@ from typing import Final
 
 from edgellm.cuda.launch import At, Device, Kernel, Launch
 from edgellm.errors import BuildError
-from edgellm.kernels.attention_shape import AttentionShape, Cache, HeadNorms, true_or_false
+from edgellm.kernels.attention_shape import (
+    COUNTERS,
+    COUNTERS_BYTES,
+    AttentionShape,
+    Cache,
+    HeadNorms,
+    true_or_false,
+)
 
 TILE: Final = 16
 """Tokens that a warp takes at a time."""
@@ -57,10 +64,14 @@ def plan(shape: AttentionShape, *, rows: int, device: Device) -> Plan:
     """Blocks enough to fill the device, no more than there can be pieces.
 
     Raises:
-        BuildError: more rows than a warp has lanes.
+        BuildError: more rows than a warp has lanes, or than there are counters for.
     """
     if rows > MOST_ROWS:
         raise BuildError(f"decode attention takes {MOST_ROWS} rows at most, not {rows}")
+    if rows * shape.kv_heads > COUNTERS:
+        raise BuildError(
+            f"decode attention takes {COUNTERS // shape.kv_heads} rows of {shape.kv_heads} KV heads"
+        )
     size = _cluster_size(shape, rows, device)
     gathered = size * _gathered_bytes(shape) if size > 1 else 0
     # Clusters of 4 or 8 do not find every multiprocessor: two blocks should fit on one, or some have to wait.
@@ -145,16 +156,9 @@ def _dealt(blocks: int, work: Sequence[tuple[int, int, int]]) -> Iterator[tuple[
 
 
 def decode_workspace(shape: AttentionShape, *, rows: int, device: Device) -> int:
-    """Bytes needed; the first `counter_bytes` must be zero before the first launch, and are after it."""
+    """Bytes needed, whose first COUNTERS_BYTES must be 0 before the first launch."""
     cut = plan(shape, rows=rows, device=device)
-    if cut.clusters:
-        return counter_bytes(shape, rows=rows)
-    return counter_bytes(shape, rows=rows) + cut.blocks * 2 * _partial_bytes(shape)
-
-
-def counter_bytes(shape: AttentionShape, *, rows: int) -> int:
-    """Bytes at the workspace's start that count blocks, a multiple of 256."""
-    return -(-rows * shape.kv_heads * 4 // 256) * 256
+    return COUNTERS_BYTES + (0 if cut.clusters else cut.blocks * 2 * _partial_bytes(shape))
 
 
 def decode_attention(
@@ -200,8 +204,7 @@ def decode_attention(
         )
         return [Launch(kernel, (cut.blocks, shape.kv_heads, rows), arguments)]
     kernel = Kernel(_SOURCE, f"attention_decode<{', '.join(map(str, numbers))}>", cut.warps * 32, shared)
-    partials = workspace + counter_bytes(shape, rows=rows)
-    return [Launch(kernel, (cut.blocks, 1, 1), (rows, *arguments, partials, workspace))]
+    return [Launch(kernel, (cut.blocks, 1, 1), (rows, *arguments, workspace + COUNTERS_BYTES, workspace))]
 
 
 def _stage_bytes(shape: AttentionShape) -> int:
