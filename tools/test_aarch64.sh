@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Runs edgellm on aarch64 without such a machine: Debian for arm64 in a directory, its programs under qemu-user. Installs
-# it from wheels as a Jetson would, builds SmolLM2's engine there, serves it and asks it something, then runs the unit
-# tests named below. It shows that the packages, the Python and the numbers are right on aarch64; it says nothing about
+# it from wheels as a Jetson would, builds SmolLM2's engine there, compares it with float32 logits of this machine, serves
+# it and asks it something, then runs the unit tests named below. It shows that the packages, the Python and the numbers are right on aarch64; it says nothing about
 # speed (about a hundredth of a real one's), about a Jetson's kernel or its GPU.
 #
 # Needs root, debootstrap and qemu-user-static (apt-get install debootstrap qemu-user-static), binfmt_misc, and a
-# network for the first run; takes about a quarter of an hour. The system and the wheels are kept in
+# network for the first run; takes about half an hour. The system and the wheels are kept in
 # ${XDG_CACHE_HOME:-~/.cache}/edgellm-ci: remove it to renew them.
 #
 #   PYTHON    an interpreter with edgellm installed (.venv/bin/python)
@@ -61,9 +61,6 @@ if [ ! -d "$wheels" ]; then
         "${here}[test]" pip setuptools wheel >"$cache/pip.log" 2>&1 || { cat "$cache/pip.log"; die "no wheels for aarch64"; }
     mv "$wheels.partial" "$wheels"
 fi
-checkpoint=$("$python" -m edgellm fetch smollm2-135m | tail -n 1)
-
-step "install"
 work=$(mktemp -d "$cache/arm64.XXXXXX")
 tree=$work/tree
 leave() {
@@ -71,10 +68,18 @@ leave() {
     rm -rf --one-file-system "$work"
 }
 trap leave EXIT
+
+step "what float32 says, on this machine"
+checkpoint=$("$python" -m edgellm fetch smollm2-135m | tail -n 1)
+"$python" -m edgellm build "$checkpoint" -o "$work/float32" --compute fp32 --max-batch-size 4 --max-seq-len 64 >/dev/null
+"$python" -m edgellm doctor --record "$work/reference.npz" --reference "$work/float32" --length 12 --seed 1
+
+step "install"
 cp -a "$bare" "$tree"
 mkdir -p "$tree/srv/edgellm"
 cp -r "$wheels" "$tree/srv/wheels"
 cp "$checkpoint" "$tree/srv/checkpoint.gguf"
+cp "$work/reference.npz" "$tree/srv"
 git -C "$here" ls-files -z | (cd "$here" && xargs -0 cp --parents -t "$tree/srv/edgellm")
 # No /sys: it would describe another processor, on which ONNX Runtime fails under qemu.
 mount -t proc proc "$tree/proc"
@@ -86,7 +91,9 @@ inside python -m pip install --quiet --no-index --find-links /srv/wheels --no-bu
 inside python -c 'import onnxruntime, platform; print(platform.machine(), "ONNX Runtime", onnxruntime.__version__)'
 
 step "build"
-inside edgellm build /srv/checkpoint.gguf -o /srv/engine --max-batch-size 2 --max-seq-len 256
+inside edgellm build /srv/checkpoint.gguf -o /srv/engine --max-batch-size 2 --max-seq-len 64
+step "prove"
+inside edgellm doctor --prove --engine /srv/engine --reference /srv/reference.npz
 step "serve"
 inside edgellm serve /srv/engine >"$work/serve.log" 2>&1 &
 daemon=$!
