@@ -16,7 +16,7 @@ from fake_driver import FakeDriver
 from numpy.typing import NDArray
 
 from edgellm.executor.base import NO_TOKEN
-from edgellm.executor.cuda_programs import HISTORY
+from edgellm.executor.buckets import HISTORY
 from edgellm.executor.sampler import Sampler
 from edgellm.kernels.adjust import AdjustmentsShape
 from edgellm.kernels.rows import CHUNK, ROW, WANTS_TOKEN

@@ -12,11 +12,12 @@ the last; programs never run at the same time, so they share one piece of memory
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Final, Literal
+from collections.abc import Iterator, Mapping
+from typing import Literal
 
-from edgellm.cuda.launch import At, Device, Kernel, Launch
+from edgellm.cuda.launch import At, Device, Launch
+from edgellm.executor.buckets import HISTORY, MOST_ROWS, decode_buckets, prefill_buckets
+from edgellm.executor.program import Program
 from edgellm.kernels.adjust import AdjustmentsShape, adjust
 from edgellm.kernels.attention_decode import decode_attention
 from edgellm.kernels.attention_decode import decode_workspace as attention_workspace
@@ -28,60 +29,18 @@ from edgellm.kernels.attention_prefill import (
 from edgellm.kernels.attention_shape import SEQUENCE_MULTIPLE, AttentionShape, Cache, CacheKind, HeadNorms
 from edgellm.kernels.elementwise import embed_chunk, embed_rows, last_row, rms_norm
 from edgellm.kernels.gemm import prefill_linear, prefill_workspace
-from edgellm.kernels.linear import BUCKETS, Epilogue, decode_linear, decode_workspace
+from edgellm.kernels.linear import Epilogue, decode_linear, decode_workspace
 from edgellm.kernels.linear import Norm as FusedNorm
 from edgellm.kernels.moe import chunk_mixture, mixture_workspace, router_workspace, row_mixture
 from edgellm.kernels.moe_shape import MixtureShape, MixtureWeights, Tokens
 from edgellm.kernels.rows import CHUNK, ROW
 from edgellm.kernels.sample import SAMPLED, SAMPLING, sample, sample_workspace
-from edgellm.memory.arena import Buffer, Placement, aligned, place
+from edgellm.memory.arena import Buffer, aligned
 from edgellm.memory.plan import Shape
 from edgellm.model.network import Layer, Linear, Mixture, Network, Norm
 from edgellm.model.spec import ModelSpec
 
 ChunkEpilogue = Literal["store", "residual", "swiglu"]
-
-MOST_ROWS: Final = BUCKETS[-1]
-"""Of a decode program; more rows are several."""
-SMALLEST_PREFILL: Final = 16
-HISTORY: Final = 8192
-"""Distinct tokens of a slot that the device can penalise; in longer slots penalties are the host's. One
-number for all engines, so that their kernels do not depend on how long a slot is."""
-MOST_TOKENS: Final = 2048
-"""Of a prefill program; longer pieces are several."""
-
-
-@dataclass(frozen=True, slots=True)
-class Program:
-    """Launches in order, and the buffers that they alone use.
-
-    Attributes:
-        launches: what a graph is captured of.
-        buffers: with their lives, in launches.
-    """
-
-    launches: tuple[Launch, ...]
-    buffers: tuple[Buffer, ...]
-
-    @property
-    def placement(self) -> Placement:
-        """Where the buffers lie, from the beginning of the memory that programs share."""
-        return place(self.buffers)
-
-
-def decode_buckets(max_batch_size: int) -> tuple[int, ...]:
-    """Numbers of rows that there are decode programs for."""
-    enough = next((rows for rows in BUCKETS if rows >= max_batch_size), MOST_ROWS)
-    return tuple(rows for rows in BUCKETS if rows <= enough)
-
-
-def prefill_buckets(shape: Shape) -> tuple[int, ...]:
-    """Numbers of tokens that there are prefill programs for: powers of two."""
-    most = min(shape.max_num_tokens, shape.max_seq_len, MOST_TOKENS)
-    buckets = [SMALLEST_PREFILL]
-    while buckets[-1] < most:
-        buckets.append(buckets[-1] * 2)
-    return tuple(buckets)
 
 
 class Lowering:
@@ -139,11 +98,11 @@ class Lowering:
 
     def decode(self, rows: int) -> Program:
         """One token for each of `rows` rows, `rows` ROWs in the buffer `rows`; tokens go to `results`."""
-        return self._program(self._decode(rows), self._sizes(rows))
+        return Program.of(self._decode(rows), self._sizes(rows))
 
     def prefill(self, tokens: int) -> Program:
         """Up to `tokens` tokens of a slot: `chunk` holds a CHUNK, then the ids; a token goes to `results`."""
-        return self._program(self._prefill(tokens), self._sizes(tokens))
+        return Program.of(self._prefill(tokens), self._sizes(tokens))
 
     def lasting(self) -> tuple[Buffer, ...]:
         """Buffers that keep something between steps, once all programs have been made."""
@@ -200,18 +159,6 @@ class Lowering:
             "last_attended": heads * 2,
             "logits": min(rows, MOST_ROWS) * spec.vocab_size * 4,
         }
-
-    def _program(self, launches: Iterable[Launch], sizes: Mapping[str, int]) -> Program:
-        launches = tuple(launches)
-        lives: dict[str, list[int]] = {}
-        for index, launch in enumerate(launches):
-            for argument in launch.arguments:
-                if isinstance(argument, At) and _kind(argument.buffer) in sizes:
-                    lives.setdefault(argument.buffer, []).append(index)
-        # The host may look at the logits afterwards.
-        lives["logits"].append(len(launches))
-        buffers = [Buffer(name, sizes[_kind(name)], min(used), max(used)) for name, used in lives.items()]
-        return Program(launches, tuple(buffers))
 
     def _decode(self, rows: int) -> Iterator[Launch]:
         network, table = self._network, self._network.embedding
@@ -462,13 +409,3 @@ def _mixture_shape(mixture: Mixture) -> MixtureShape:
         mixture.gate_up.shape,
         mixture.down.shape,
     )
-
-
-def _kind(buffer: str) -> str:
-    """A layer's buffers are named after it, so that each has a life of its own: `qkv.3` is a `qkv`."""
-    return buffer.partition(".")[0]
-
-
-def kernels_of(programs: Iterable[Program]) -> tuple[Kernel, ...]:
-    """Every kernel that programs launch, each once."""
-    return tuple(dict.fromkeys(launch.kernel for program in programs for launch in program.launches))

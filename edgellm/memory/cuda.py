@@ -14,12 +14,8 @@ import msgspec
 
 from edgellm.cuda.launch import Device
 from edgellm.engine_config import Compute
-from edgellm.executor.cuda_programs import (
-    HISTORY,
-    Lowering,
-    decode_buckets,
-    prefill_buckets,
-)
+from edgellm.executor.buckets import HISTORY, decode_buckets, prefill_buckets
+from edgellm.executor.cuda_programs import Lowering
 from edgellm.kernels.adjust import AdjustmentsShape
 from edgellm.kernels.attention_shape import CacheKind
 from edgellm.memory.arena import aligned

@@ -20,8 +20,8 @@ from edgellm.executor import cuda_kernels
 from edgellm.executor.base import Executor
 from edgellm.executor.cuda import CudaExecutor
 from edgellm.executor.cuda_build import programs_of
-from edgellm.executor.cuda_programs import kernels_of
 from edgellm.executor.factory import make_executor
+from edgellm.executor.program import kernels_of
 
 # Columns in multiples of 64, as the kernels want them.
 TINY = TinyLlama(128, 2, 1, 64, 192, tied=True, rotary_base=1e6, seed=13, family="Qwen3")
