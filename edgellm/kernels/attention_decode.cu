@@ -2,13 +2,16 @@
 //
 // A row's tokens are cut into pieces of 16 · WARPS, one tile of 16 for each warp. Laid end to end, the pieces of all
 // rows, KV head after KV head, are dealt evenly to the grid's blocks: a row's pieces may lie in several blocks, which
-// then leave partial sums, and a block's pieces in several rows. The grid does not depend on the lengths.
-// `attention_decode.py` has the same arithmetic.
+// then leave partial sums, and a block's pieces in several rows. The grid does not depend on the lengths. Where there are
+// enough blocks for each row and head to have some of its own, they do, unless one of them would have much more to do
+// than with all dealt evenly: a second row is a second beginning and end. `attention_decode.py` has the same arithmetic.
 //
 // With compute capability 9 each row and KV head has a cluster of CLUSTER blocks instead, among which its pieces are
 // dealt; their sums meet in the first block's shared memory, which takes a fraction of the way through L2.
 #include "attention_tile.cuh"
 #include "rows.cuh"
+
+constexpr int SECOND_ROW = 2;  // what a second row takes a block, in pieces
 
 // D: head size. QUERIES: query heads of a KV head. CLUSTER: blocks of one, 1 where there are none.
 template <int D, int QUERIES, int KV_HEADS, bool INT8, bool NORM, int WARPS, int STAGES, int CLUSTER>
@@ -49,8 +52,27 @@ DEVICE void attend(int row_count, int max_seq, const Row* __restrict__ rows, con
   }
   const int total = CLUSTER > 1 ? pieces : __shfl_sync(FULL_WARP, ends, 31);
   const int all = CLUSTER > 1 ? total : total * KV_HEADS;
-  const int share = (all + int(gridDim.x) - 1) / int(gridDim.x);
-  const int begin = int(blockIdx.x) * share, end = min(begin + share, all);
+  int share = (all + int(gridDim.x) - 1) / int(gridDim.x);
+  int begin = int(blockIdx.x) * share, end = min(begin + share, all);
+  int own = -1;  // the first of the blocks that have this row and head to themselves
+  if constexpr (CLUSTER == 1) {
+    const u32 active = __ballot_sync(FULL_WARP, pieces > 0);
+    const int row_total = __popc(active), units = row_total * KV_HEADS;
+    if (units > 0 && units <= int(gridDim.x)) {
+      const int each = int(gridDim.x) / units, longest = int(__reduce_max_sync(FULL_WARP, u32(pieces)));
+      if ((longest + each - 1) / each <= share + SECOND_ROW) {
+        const int unit = int(blockIdx.x) / each, head = unit / row_total;
+        const bool is_row = pieces > 0 && __popc(active & ((1u << lane) - 1)) == unit - head * row_total;
+        const int row = __ffs(__ballot_sync(FULL_WARP, is_row)) - 1;
+        const int row_pieces = __shfl_sync(FULL_WARP, pieces, row);
+        const int first = head * total + __shfl_sync(FULL_WARP, ends, row) - row_pieces;
+        own = unit * each;
+        share = (row_pieces + each - 1) / each;
+        begin = first + (int(blockIdx.x) - own) * share;
+        end = unit < units ? min(begin + share, first + row_pieces) : begin;
+      }
+    }
+  }
   if (CLUSTER > 1 && total > 0) cluster_arrive();  // this block's shared memory is there
   if (begin >= end) {
     wait_for_previous();
@@ -87,17 +109,17 @@ DEVICE void attend(int row_count, int max_seq, const Row* __restrict__ rows, con
   int coming = begin, coming_end = begin, cached = 0;  // tokens of the tile and after it that the cache has
   const u8 *key = nullptr, *value = nullptr;
   const u16* scales = nullptr;  // of keys in lanes 0 and 1, of values in 2 and 3
+  auto aim = [&](const Stretch& s) {
+    const int token = (coming - s.begin) * PIECE + warp * TILE;
+    const u64 at = (u64(s.slot) * KV_HEADS + s.head) * max_seq + token;
+    key = keys + at * Cache::BYTES + lane * 16, value = values + at * Cache::BYTES + lane * 16;
+    if (INT8) scales = (lane < 2 ? key_scales : value_scales) + at + (lane & 1) * 8;
+    cached = s.past - token;
+    coming_end = min(s.end, end);
+  };
   auto fetch = [&](int offset) {
     if (coming < end) {
-      if (coming == coming_end) {
-        const Stretch s = stretch_of(coming);
-        const int token = (coming - s.begin) * PIECE + warp * TILE;
-        const u64 at = (u64(s.slot) * KV_HEADS + s.head) * max_seq + token;
-        key = keys + at * Cache::BYTES + lane * 16, value = values + at * Cache::BYTES + lane * 16;
-        if (INT8) scales = (lane < 2 ? key_scales : value_scales) + at + (lane & 1) * 8;
-        cached = s.past - token;
-        coming_end = min(s.end, end);
-      }
+      if (coming == coming_end) aim(stretch_of(coming));
       auto copy = [&](auto wanted) {
         u8* const stage = my_ring + offset;
 #pragma unroll
@@ -124,6 +146,8 @@ DEVICE void attend(int row_count, int max_seq, const Row* __restrict__ rows, con
     }
     copy_async_commit();
   };
+  Stretch stretch = stretch_of(begin);
+  aim(stretch);
 #pragma unroll
   for (int s = 0; s < STAGES; s++) fetch(s * STAGE);
 
@@ -136,7 +160,7 @@ DEVICE void attend(int row_count, int max_seq, const Row* __restrict__ rows, con
   bool waited = false;
   int offset = 0;  // of the ring's stage that is next
   for (int piece = begin; piece < end;) {
-    const Stretch stretch = stretch_of(piece);
+    if (piece != begin) stretch = stretch_of(piece);
     const int row = stretch.row, head = stretch.head, slot = stretch.slot, past = stretch.past;
     const int row_begin = stretch.begin, row_end = stretch.end;
     const int until = min(end, row_end);
@@ -211,9 +235,10 @@ DEVICE void attend(int row_count, int max_seq, const Row* __restrict__ rows, con
 
     // Blocks with pieces of this row, and the place of this block's partial sums: a block has at most two rows that
     // are not whole, its first and its last.
-    const int first_block = row_begin / share, last_block = (row_end - 1) / share;
+    const int first_block = own >= 0 ? own : row_begin / share;
+    const int last_block = own >= 0 ? own + (row_end - row_begin - 1) / share : (row_end - 1) / share;
     auto place = [&](int block) {
-      const int second = block == first_block && row_begin != block * share;
+      const int second = own < 0 && block == first_block && row_begin != block * share;
       return partials + u64(block * 2 + second) * PARTIAL;
     };
     u16* const to = out + u64(row) * HEADS * D + head * QUERIES * D;
@@ -279,9 +304,8 @@ DEVICE void attend(int row_count, int max_seq, const Row* __restrict__ rows, con
     // Whoever comes last adds up; the counter goes back to 0.
     __syncthreads();
     if (threadIdx.x == 0) {
-      __threadfence();
-      is_last = atomicInc(counters + row * KV_HEADS + head, last_block - first_block) == last_block - first_block;
-      __threadfence();
+      const u32 others = last_block - first_block;
+      is_last = count_arrival(counters + row * KV_HEADS + head, others) == others;
     }
     __syncthreads();
     if (!is_last) continue;

@@ -25,6 +25,9 @@ TILE: Final = 16
 MOST_ROWS: Final = 32
 """A lane of a warp knows each row."""
 
+SECOND_ROW: Final = 2
+"""What a second row takes a block, in pieces: its beginning and its end."""
+
 _SOURCE: Final = "attention_decode.cu"
 
 _CLUSTER_SM: Final = 90
@@ -134,9 +137,15 @@ def segments(plan: Plan, kv_heads: int, pasts: Sequence[int | None]) -> Iterator
             for block, each in _dealt(plan.blocks, [(head, row, pieces[row])]):
                 yield i * plan.blocks + block, each
         return
-    yield from _dealt(
-        plan.blocks, [(head, row, count) for head in range(kv_heads) for row, count in enumerate(pieces)]
-    )
+    work = [(head, row, count) for head in range(kv_heads) for row, count in enumerate(pieces) if count]
+    own = plan.blocks // len(work) if work else 0
+    even = -(-sum(pieces) * kv_heads // plan.blocks)
+    if own and -(-max(pieces) // own) <= even + SECOND_ROW:
+        for i, unit in enumerate(work):
+            for block, segment in _dealt(own, [unit]):
+                yield i * own + block, segment
+        return
+    yield from _dealt(plan.blocks, work)
 
 
 def _dealt(blocks: int, work: Sequence[tuple[int, int, int]]) -> Iterator[tuple[int, Segment]]:

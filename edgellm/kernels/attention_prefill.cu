@@ -299,11 +299,7 @@ __global__ void __launch_bounds__(WARPS * 32, 2)
   if constexpr (PARTED) {
     if (parts == 1) return;
     __syncthreads();
-    if (threadIdx.x == 0) {
-      __threadfence();
-      is_last = atomicInc(counters + blockIdx.y * KV_HEADS + head, parts - 1) == parts - 1;
-      __threadfence();
-    }
+    if (threadIdx.x == 0) is_last = count_arrival(counters + blockIdx.y * KV_HEADS + head, parts - 1) == parts - 1;
     __syncthreads();
     if (!is_last) return;
     // A warp for its rows, ABREAST at a time so that their loads are under way together; a lane has four neighbours of

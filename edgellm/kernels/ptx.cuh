@@ -88,6 +88,14 @@ DEVICE float log2_fast(float x) {
 // Past L1, whose lines are not kept in step with what other multiprocessors write.
 template <class T> DEVICE T load_l2(const T* p) { return __ldcg(p); }
 
+// Counts up to `last`, then from 0 again; gives what was counted before. What this thread had seen written before is seen
+// by whoever counts afterwards: less than two fences around it.
+DEVICE u32 count_arrival(u32* counter, u32 last) {
+  u32 before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(last) : "memory");
+  return before;
+}
+
 DEVICE u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
 
 // 16 bytes to shared memory, past L1; zeros without touching `global` unless `wanted`.

@@ -76,6 +76,13 @@ DEVICE float log2_fast(float x) { return log2f(x); }
 
 template <class T> DEVICE T load_l2(const T* p) { return __ldcg(p); }
 
+DEVICE u32 count_arrival(u32* counter, u32 last) {
+  __threadfence();
+  const u32 before = atomicInc(counter, last);
+  __threadfence();
+  return before;
+}
+
 DEVICE u32 shared_address(const void* p) { return machine::machine_shared_address(p); }
 
 DEVICE void copy_async(void* shared, const void* global, bool wanted = true) {

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from edgellm.cuda.launch import At, Device, Launch
 from edgellm.errors import BuildError
 from edgellm.kernels.attention_decode import (
+    SECOND_ROW,
     Plan,
     decode_attention,
     decode_workspace,
@@ -113,13 +114,23 @@ def test_partial_sums_have_places_of_their_own_and_one_counter_counts_them(
 
 
 @given(pasts, st.integers(1, 140), st.integers(1, 9))
-def test_blocks_have_equal_work_up_to_one_piece_each(
+def test_blocks_have_equal_work_up_to_what_a_second_row_takes(
     pasts: list[int | None], blocks: int, heads: int
 ) -> None:
     work: Counter[int] = Counter()
     for block, each in segments(Plan(4, 2, blocks), heads, pasts):
         work[block] += each.last - each.first + 1
-    assert max(work.values(), default=0) <= -(-sum(work.values()) // blocks)
+    assert max(work.values(), default=0) <= -(-sum(work.values()) // blocks) + SECOND_ROW
+
+
+def test_few_rows_have_blocks_of_their_own() -> None:
+    """640 tokens and eight KV heads, as on Orin: no block begins a second row, few sums are added up."""
+    for blocks, longest in ((16, 3), (14, 5), (8, 5)):
+        parts = list(segments(Plan(8, 2, blocks), 8, [639]))
+        assert len({block for block, _ in parts}) == len(parts)
+        assert max(each.last - each.first + 1 for _, each in parts) == longest
+    # Long ones keep all blocks busy.
+    assert len({block for block, _ in segments(Plan(8, 2, 14), 8, [4095])}) == 14
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
