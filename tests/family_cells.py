@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 import ml_dtypes
 import numpy as np
 import packers
+from closeness import largest_kl, relative
 from engines import all_logits, tiny_executor
 from model_directories import Tensors, stored_weights, write_directory
 from numpy.typing import NDArray
@@ -136,10 +137,10 @@ def measure(family: str, form: str, directory: Path) -> Measured:
     checkpoint = open_checkpoint(path)
     tokens = np.random.default_rng(0).integers(0, model.vocab, TOKENS).tolist()
     expected = reference_logits(Given(checkpoint.spec, weights), tokens)
-    error = _relative(_logits(checkpoint, directory / "fp32", "fp32", tokens), expected)
+    error = relative(_logits(checkpoint, directory / "fp32", "fp32", tokens), expected)
     if form in HALVES or form in ("GGUF F16", "GGUF BF16"):
         return Measured(error)
-    return Measured(error, _kl(_logits(checkpoint, directory / "int8", "int8", tokens), expected))
+    return Measured(error, largest_kl(_logits(checkpoint, directory / "int8", "int8", tokens), expected))
 
 
 def _against_transformers(family: TinyLlama, form: str, directory: Path) -> Measured:
@@ -154,7 +155,7 @@ def _against_transformers(family: TinyLlama, form: str, directory: Path) -> Meas
             path = tiny.write_gguf(directory / f"{number}.gguf")
         tokens, expected = GOLDEN[f"{name}.tokens"].tolist(), GOLDEN[f"{name}.logits"]
         got = _logits(open_checkpoint(path), directory / f"{number}.engine", "fp32", tokens)
-        errors.append(_relative(got, expected))
+        errors.append(relative(got, expected))
     return Measured(max(errors))
 
 
@@ -179,13 +180,3 @@ def _logits(
     checkpoint: Checkpoint, directory: Path, compute: Literal["int8", "fp32"], tokens: list[int]
 ) -> NDArray[np.float32]:
     return all_logits(tiny_executor(checkpoint, directory, compute=compute), tokens)
-
-
-def _relative(got: NDArray[np.floating], expected: NDArray[np.floating]) -> float:
-    return float(np.abs(got - expected).max() / np.abs(expected).max())
-
-
-def _kl(got: NDArray[np.floating], expected: NDArray[np.floating]) -> float:
-    p, q = (x.astype(np.float64) - x.max(axis=-1, keepdims=True) for x in (expected, got))
-    p, q = (x - np.log(np.exp(x).sum(axis=-1, keepdims=True)) for x in (p, q))
-    return float((np.exp(p) * (p - q)).sum(axis=-1).max())

@@ -15,10 +15,7 @@ import argparse
 import contextlib
 import math
 import re
-import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -29,6 +26,7 @@ import msgpack
 import numpy as np
 import zmq
 from numpy.typing import NDArray
+from running_daemon import Daemon, running_daemon
 from soak_mix import Mix, Wish
 
 from edgellm.client import Client
@@ -43,8 +41,6 @@ SAMPLES = 200
 SETTLE_S = 0.02
 """After the last answer: the daemon has let go of it."""
 STALL_S = 60.0
-START_TIMEOUT_S = 60.0
-STOP_TIMEOUT_S = 30.0
 SMAPS = {"Rss": "rss", "Pss": "pss", "Anonymous": "anonymous"}
 
 
@@ -53,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     try:
         engine = open_engine(args.engine)
-        with _daemon(args.engine, *args.flags) as daemon:
+        with running_daemon(args.engine, *args.flags) as daemon:
             soak = Soak(daemon, engine, seed=args.seed)
             soak.warm_up()
             soak.run(args.requests, every=max(1, args.requests // SAMPLES))
@@ -61,15 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"memory_soak: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
     return _report(soak, warm=args.requests // 10, limit=args.limit * 1e6)
-
-
-@dataclass(frozen=True, slots=True)
-class Daemon:
-    """A daemon that is READY."""
-
-    pid: int
-    endpoint: str
-    log: Path
 
 
 @dataclass(slots=True)
@@ -128,7 +115,7 @@ class Soak:
             self._drive(wishes)
             self._sample(start + len(wishes))
         self.seconds = time.monotonic() - started
-        status = Path(f"/proc/{self._daemon.pid}/status").read_text()
+        status = Path(f"/proc/{self._daemon.process.pid}/status").read_text()
         self.peak = int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
 
     # The load.
@@ -193,7 +180,7 @@ class Soak:
 
     def _sample(self, requests: int) -> None:
         time.sleep(SETTLE_S)
-        text = Path(f"/proc/{self._daemon.pid}/smaps_rollup").read_text()
+        text = Path(f"/proc/{self._daemon.process.pid}/smaps_rollup").read_text()
         found = {SMAPS[name]: int(size) << 10 for name, size in _rollup(text) if name in SMAPS}
         self.samples.append(Sample(requests, **found))
 
@@ -254,31 +241,6 @@ def _report(soak: Soak, *, warm: int, limit: float) -> int:
         f"the limit is {limit / 1e6:g} MB"
     )
     return int(grown)
-
-
-@contextlib.contextmanager
-def _daemon(engine: Path, *flags: str) -> Iterator[Daemon]:
-    """A daemon on a socket of its own; it must end with 0 when told to."""
-    with tempfile.TemporaryDirectory(prefix="edgellm-soak-") as folder:
-        endpoint, log = f"ipc://{folder}/edgellm.sock", Path(folder) / "log"
-        command = [sys.executable, "-m", "edgellm", "serve", str(engine), "--endpoint", endpoint, *flags]
-        with log.open("wb") as stderr:
-            process = subprocess.Popen(command, stderr=stderr)
-        try:
-            with Client(endpoint) as client:
-                client.wait_ready(START_TIMEOUT_S)
-            yield Daemon(process.pid, endpoint, log)
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                code = process.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                code = process.wait()
-            if code != 0:
-                print(log.read_text()[-4000:], file=sys.stderr)
-        if code != 0:
-            raise ExecutorFault(f"the daemon ended with {code}")
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -1,15 +1,9 @@
-"""A GGUF file: its keys' values, typed, and its tensors' bytes.
-
-Tensor bytes are read with pread, not mapped: they never count as this process's memory, and a file that
-shrinks meanwhile is an error and not a SIGBUS.
-"""
+"""A GGUF file: its keys' values, typed, and its tensors' bytes."""
 
 from __future__ import annotations
 
 import math
 import mmap
-import os
-import weakref
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,6 +12,7 @@ from numpy.typing import NDArray
 
 from edgellm.checkpoint.gguf_header import MAGIC, Header, Value
 from edgellm.checkpoint.gguf_tensors import TensorInfo
+from edgellm.checkpoint.tensor_file import TensorFile
 from edgellm.errors import CheckpointError
 
 
@@ -36,13 +31,11 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._file = TensorFile(path)
+        if self._file.read(len(MAGIC)) != MAGIC:
+            raise CheckpointError(f"{path} is not a GGUF file: it does not begin with {MAGIC.decode()}")
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            weakref.finalize(self, os.close, self._fd)
-            self._size = os.fstat(self._fd).st_size
-            if os.read(self._fd, 4) != MAGIC:
-                raise CheckpointError(f"{path} is not a GGUF file: it does not begin with {MAGIC.decode()}")
-            with mmap.mmap(self._fd, self._size, access=mmap.ACCESS_READ) as memory:
+            with mmap.mmap(self._file.descriptor, self._file.size, access=mmap.ACCESS_READ) as memory:
                 self.values, self.tensors = Header(memory, path).parse()
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
@@ -58,17 +51,7 @@ class GgufFile:
         rows = math.prod(info.shape[:-1] or info.shape)
         row_bytes = info.size // rows
         raw = np.empty(((rows if end is None else end) - begin, row_bytes), np.uint8)
-        view, done, offset = raw.reshape(-1).data, 0, info.offset + begin * row_bytes
-        while done < raw.size:
-            try:
-                count = os.preadv(self._fd, [view[done:]], offset + done)
-            except OSError as error:
-                raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
-            if count == 0:
-                raise CheckpointError(
-                    f"{self.path} ends inside tensor {info.name}; it has changed since it was opened"
-                )
-            done += count
+        self._file.fill(raw, info.offset + begin * row_bytes, info.name)
         return raw
 
     def integer(self, key: str, default: int | None = None, *, minimum: int = 0) -> int:

@@ -15,8 +15,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
-import weakref
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,6 +24,7 @@ from typing import Any, Final, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from edgellm.checkpoint.tensor_file import TensorFile
 from edgellm.errors import CheckpointError
 
 INDEX: Final = "model.safetensors.index.json"
@@ -83,13 +82,9 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            weakref.finalize(self, os.close, self._fd)
-            self._size = os.fstat(self._fd).st_size
-            self._start, header = self._header()
-        except OSError as error:
-            raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        self._file = TensorFile(path)
+        self._size = self._file.size
+        self._start, header = self._header()
         header.pop("__metadata__", None)
         self.tensors = {name: self._info(name, entry) for name, entry in header.items()}
         self._check_tiling()
@@ -119,22 +114,14 @@ class SafetensorsFile:
         return some
 
     def _read(self, info: TensorInfo, values: NDArray[Any], offset: int) -> NDArray[Any]:
-        view, done = values.reshape(-1).view(np.uint8).data, 0
-        while done < values.nbytes:
-            try:
-                count = os.preadv(self._fd, [view[done:]], offset + done)
-            except OSError as error:
-                raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
-            if count == 0:
-                self._fail(f"ends inside tensor {info.name}; it has changed since it was opened")
-            done += count
+        self._file.fill(values.reshape(-1).view(np.uint8), offset, info.name)
         return values
 
     def _header(self) -> tuple[int, dict[str, Any]]:
         """Where the data begins, and the header."""
         if self._size < 8:
             self._fail(f"is not a safetensors file: it has {self._size} bytes")
-        length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
+        length = int.from_bytes(self._file.read(8), "little")
         if length > MAX_HEADER_BYTES:
             self._fail(
                 f"is not a safetensors file, or damaged: its header would have {length} bytes, "
@@ -145,7 +132,7 @@ class SafetensorsFile:
                 f"is truncated or damaged: its header ends at byte {8 + length}, "
                 f"the file at byte {self._size}"
             )
-        header = parse_json(os.pread(self._fd, length, 8), f"the header of {self.path}")
+        header = parse_json(self._file.read(length, 8), f"the header of {self.path}")
         return 8 + length, header
 
     def _info(self, name: str, entry: object) -> TensorInfo:

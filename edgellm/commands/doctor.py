@@ -7,9 +7,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-SHORTEST_PROMPT: Final = 8
+if TYPE_CHECKING:
+    from edgellm.doctor.reference import Reference
+
+SHORTEST_TEXT: Final = 8
+DEFAULT_LENGTH: Final = 64
+TEXTS: Final = 4
+"""What a proof's cases want: as many slots beside each other."""
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -29,11 +35,17 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     proof.add_argument(
         "--reference",
         type=Path,
-        metavar="DIR",
-        help="a CPU engine of the same checkpoint, best of `edgellm build --compute fp32`",
+        metavar="PATH",
+        help="a CPU engine of the same checkpoint, best of `edgellm build --compute fp32`, or its --record",
     )
-    proof.add_argument("--length", type=int, default=64, help="tokens of a prompt (default 64)")
-    proof.add_argument("--seed", type=int, help="of the prompts (default: a new one each time)")
+    proof.add_argument(
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="write what the --reference engine says, for a board that has no room for it",
+    )
+    proof.add_argument("--length", type=int, help="tokens of a text (default 64)")
+    proof.add_argument("--seed", type=int, help="of the texts (default: a new one each time)")
     parser.set_defaults(run=run)
 
 
@@ -43,8 +55,12 @@ def run(args: argparse.Namespace) -> int:
     from edgellm.doctor.host import Host, run_command
     from edgellm.errors import UsageError
 
+    if args.prove and args.record is not None:
+        raise UsageError("--prove and --record are two commands: record first, prove on the board")
     if args.prove:
         return _prove(args)
+    if args.record is not None:
+        return _record(args)
     if args.engine is not None or args.reference is not None:
         raise UsageError("--engine and --reference go with --prove")
     if args.root is None:
@@ -59,11 +75,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prove(args: argparse.Namespace) -> int:
-    """Compare the two engines and print a table for an issue or a report, each line when it is known."""
-    import secrets
-
+    """Compare an engine with a reference and print a table for a report, each line when it is known."""
     from edgellm.config import EngineConfig
-    from edgellm.doctor.proof import heading, prove, row, sample_prompts
+    from edgellm.doctor.proof import heading, prove, row
+    from edgellm.doctor.reference import read_reference
     from edgellm.doctor.static_memory import StaticMemory
     from edgellm.enginedir import open_engine
     from edgellm.errors import UsageError
@@ -72,25 +87,28 @@ def _prove(args: argparse.Namespace) -> int:
 
     if args.engine is None or args.reference is None:
         raise UsageError(
-            "--prove compares --engine DIR with --reference DIR, an engine of the same checkpoint"
+            "--prove compares --engine DIR with --reference PATH, an engine of the same checkpoint or what "
+            "--record wrote of one"
         )
-    if args.length < SHORTEST_PROMPT:
-        raise UsageError(f"--length {args.length}: a prompt needs {SHORTEST_PROMPT} tokens or more")
-    directories = [open_engine(args.engine), open_engine(args.reference)]
-    if directories[0].spec != directories[1].spec:
-        raise UsageError(f"{args.engine} and {args.reference} are not engines of one model")
-    seed = secrets.randbits(32) if args.seed is None else args.seed
-    tested, reference = (make_executor(directory, EngineConfig()) for directory in directories)
+    directory = open_engine(args.engine)
+    if args.reference.is_file():
+        if args.length is not None or args.seed is not None:
+            raise UsageError(f"--length and --seed: the texts are those that {args.reference} has")
+        reference, spec = read_reference(args.reference)
+    else:
+        spec = open_engine(args.reference).spec
+    if directory.spec != spec:
+        raise UsageError(f"{args.engine} and {args.reference} are not of one model")
+    if not args.reference.is_file():
+        reference = _reference_of(args)
+    tested = make_executor(directory, EngineConfig())
     try:
-        for executor in (reference, tested):
-            executor.load(lambda _part, _done: None)
+        tested.load(lambda _part, _done: None)
         memory = StaticMemory(tested.driver) if isinstance(tested, DeviceExecutor) else None
         device = tested.driver.facts.described if isinstance(tested, DeviceExecutor) else ""
-        slots = min(4, tested.info.max_batch_size, reference.info.max_batch_size)
-        prompts = sample_prompts(reference, count=slots, length=args.length, seed=seed)
-        print(heading(tested.info, directories[0].model_name, seed, device=device), flush=True)
+        print(heading(tested.info, directory.model_name, reference.seed, device=device), flush=True)
         good = True
-        for case in prove(tested, reference, prompts):
+        for case in prove(tested, reference):
             print(row(case), flush=True)
             good &= case.passed
         if memory is not None:
@@ -98,6 +116,47 @@ def _prove(args: argparse.Namespace) -> int:
             print(f"\n{taken}: {'passed' if taken.nothing else 'FAILED'}", flush=True)
             good &= taken.nothing
     finally:
-        for executor in (reference, tested):
-            executor.close()
+        tested.close()
     return 0 if good else 2
+
+
+def _record(args: argparse.Namespace) -> int:
+    """Write a reference file."""
+    from edgellm.doctor.reference import write_reference
+    from edgellm.enginedir import open_engine
+    from edgellm.errors import UsageError
+
+    if args.reference is None or args.engine is not None:
+        raise UsageError("--record FILE writes what --reference DIR says, an engine; it needs no --engine")
+    spec, reference = open_engine(args.reference).spec, _reference_of(args)
+    try:
+        write_reference(args.record, reference, spec)
+    except OSError as error:
+        raise UsageError(f"--record {args.record}: {error.strerror}") from error
+    print(f"{args.record}: {len(reference.texts)} texts of {len(reference.texts[0])} tokens")
+    return 0
+
+
+def _reference_of(args: argparse.Namespace) -> Reference:
+    """What the reference engine says of texts that it writes itself."""
+    import secrets
+
+    from edgellm.config import EngineConfig
+    from edgellm.doctor.proof import sample_texts
+    from edgellm.doctor.reference import compute_reference
+    from edgellm.enginedir import open_engine
+    from edgellm.errors import UsageError
+    from edgellm.executor.factory import make_executor
+
+    length = DEFAULT_LENGTH if args.length is None else args.length
+    if length < SHORTEST_TEXT:
+        raise UsageError(f"--length {length}: a text needs {SHORTEST_TEXT} tokens or more")
+    seed = secrets.randbits(32) if args.seed is None else args.seed
+    executor = make_executor(open_engine(args.reference), EngineConfig())
+    try:
+        executor.load(lambda _part, _done: None)
+        return compute_reference(
+            executor, sample_texts(executor, count=TEXTS, length=length, seed=seed), seed
+        )
+    finally:
+        executor.close()

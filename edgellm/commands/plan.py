@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from edgellm.memory.cuda import CudaFootprint
     from edgellm.memory.plan import Line, Plan, Shape
     from edgellm.memory.tensorrt import TensorRtFootprint
+    from edgellm.memory.tensorrt_estimate import TensorRtEstimate
     from edgellm.model.kv_cache import KvCache
 
 SIZES = ("max_batch_size", "max_seq_len", "max_num_tokens")
@@ -39,7 +40,7 @@ class Subject:
     """
 
     name: str
-    footprint: CpuFootprint | CudaFootprint | TensorRtFootprint
+    footprint: CpuFootprint | CudaFootprint | TensorRtFootprint | TensorRtEstimate
     shape: Shape
     longest: int
     executor: str
@@ -67,7 +68,15 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         parser.add_argument(flag, type=int, metavar="N", help="as built, or as `edgellm build` would")
     parser.add_argument("--kv-cache", choices=("fp32", "fp16", "int8"), help="element type of the KV cache")
     parser.add_argument("--compute", choices=("int8", "fp32"), help="how the CPU's linear layers compute")
-    parser.add_argument("--executor", choices=("cpu", "cuda"), help="of a checkpoint (default cpu)")
+    parser.add_argument(
+        "--executor", choices=("cpu", "cuda", "tensorrt"), help="of a checkpoint (default cpu)"
+    )
+    parser.add_argument(
+        "--sm",
+        metavar="N,…",
+        help="of a checkpoint: compute capabilities of the devices, such as 87 for Orin (cuda: usual ones, "
+        "whichever takes most; tensorrt: one)",
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one for each core)")
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument(
@@ -132,6 +141,8 @@ def _engine(args: argparse.Namespace) -> Subject:
     engine = open_engine(args.path)
     if recipe_of(args) is not None:
         raise UsageError(f"--quant {args.quant} goes with a checkpoint; {args.path} is an engine")
+    if args.sm is not None:
+        raise UsageError(f"--sm {args.sm} goes with a checkpoint; {args.path} is an engine")
     asked = {name: getattr(args, name) for name in SIZES}
     sizes = {name: getattr(engine.build, name) if size is None else size for name, size in asked.items()}
     shape = Shape(**sizes)
@@ -158,7 +169,7 @@ def _checkpoint(args: argparse.Namespace) -> Subject:
     from edgellm.checkpoint import open_checkpoint
     from edgellm.commands.build import DEFAULT_NUM_TOKENS, build_config, refuse_model_name
     from edgellm.memory.cpu import CpuFootprint
-    from edgellm.memory.footprints import cuda_footprint
+    from edgellm.memory.footprints import cuda_footprint, tensorrt_estimate
     from edgellm.memory.plan import Shape
     from edgellm.model.inventory import take_inventory
     from edgellm.quantize.checkpoint import QuantizedCheckpoint
@@ -175,9 +186,12 @@ def _checkpoint(args: argparse.Namespace) -> Subject:
         **{name: getattr(args, name) for name in SIZES},
         usual_num_tokens=DEFAULT_NUM_TOKENS[executor],
     )
-    footprint: CpuFootprint | CudaFootprint
+    sms = _compute_capabilities(args, executor)
+    footprint: CpuFootprint | CudaFootprint | TensorRtEstimate
     if executor == "cuda":
-        footprint = cuda_footprint(checkpoint, kv_cache=args.kv_cache or "fp16", root=args.root)
+        footprint = cuda_footprint(checkpoint, kv_cache=args.kv_cache or "fp16", sms=sms, root=args.root)
+    elif executor == "tensorrt":
+        footprint = tensorrt_estimate(checkpoint, sms=sms, root=args.root)
     else:
         footprint = CpuFootprint(
             spec=checkpoint.spec,
@@ -193,6 +207,20 @@ def _checkpoint(args: argparse.Namespace) -> Subject:
         checkpoint.spec.max_context,
         executor,
     )
+
+
+def _compute_capabilities(args: argparse.Namespace, executor: str) -> tuple[int, ...]:
+    """Those that --sm names.
+
+    Raises:
+        UsageError: it goes with another executor, or one is none.
+    """
+    from edgellm.commands.target import read_compute_capabilities
+    from edgellm.errors import UsageError
+
+    if args.sm is not None and executor == "cpu":
+        raise UsageError("--sm: only --executor cuda and tensorrt are for a device")
+    return read_compute_capabilities(args.sm, executor)
 
 
 def _refuse(args: argparse.Namespace, executor: str) -> None:

@@ -37,10 +37,11 @@ def read_target(args: argparse.Namespace) -> Target:
 
     Raises:
         UsageError: they do not go together.
+        DeviceError: kernels are to be compiled, and there is no compiler.
         TensorRtMissing: the executor is to be tensorrt, and there is none.
     """
+    from edgellm.cuda.bindings import load_nvrtc
     from edgellm.errors import UsageError
-    from edgellm.executor.cuda_kernels import devices_of
     from edgellm.memory.sizes import parse_size
     from edgellm.tensorrt.api import find_api
 
@@ -56,12 +57,10 @@ def read_target(args: argparse.Namespace) -> Target:
     for flag in ("builder_memory", "timing_cache"):
         if getattr(args, flag) is not None and args.executor != "tensorrt":
             raise UsageError(f"--{flag.replace('_', '-')}: only --executor tensorrt has a builder")
-    try:
-        sms = tuple(dict.fromkeys(int(word) for word in args.sm.split(","))) if args.sm else ()
-        for sm in sms if args.executor == "cuda" else ():
-            devices_of(sm)
-    except ValueError as error:
-        raise UsageError(f"--sm {args.sm}: {error}") from None
+    sms = read_compute_capabilities(args.sm, args.executor)
+    if sms and args.executor == "cuda":
+        # Kernels are compiled last, behind minutes of quantizing and gigabytes of weights.
+        load_nvrtc()
     try:
         builder_memory = parse_size(args.builder_memory) if args.builder_memory else None
     except ValueError as error:
@@ -77,3 +76,26 @@ def read_target(args: argparse.Namespace) -> Target:
         builder_memory,
         args.timing_cache or output.with_name(f"{output.name}.timing"),
     )
+
+
+def read_compute_capabilities(text: str | None, executor: str) -> tuple[int, ...]:
+    """Compute capabilities as --sm names them, each once: `87,90`; none where there is no --sm.
+
+    Raises:
+        UsageError: one is none, or the cuda executor knows no device that has it.
+    """
+    from edgellm.errors import UsageError
+    from edgellm.executor.cuda_kernels import devices_of
+
+    words = [word.strip() for word in text.split(",")] if text else []
+    for word in words:
+        if not word.isdecimal():
+            raise UsageError(f"--sm {text}: {word!r} is no compute capability, such as 87 for 8.7 (Orin)")
+    sms = tuple(dict.fromkeys(int(word) for word in words))
+    if executor == "cuda":
+        try:
+            for sm in sms:
+                devices_of(sm)
+        except ValueError as error:
+            raise UsageError(f"--sm {text}: {error}") from None
+    return sms

@@ -228,7 +228,7 @@ class Compiler:
         except OSError as error:
             self._writable = False
             log.warning(
-                "compiled kernels cannot be kept in %s: %s; they are compiled again at every start. Set %s "
+                "compiled kernels cannot be kept in %s: %s; whatever needs them compiles them again. Set %s "
                 "to a directory that can be written, or build the engine with --sm",
                 self._directory,
                 error.strerror,

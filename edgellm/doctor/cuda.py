@@ -23,7 +23,7 @@ def check_cuda(host: Host, *, present: bool) -> Iterator[Finding]:
         present: whether the driver's library is installed.
     """
     if not present:
-        yield Finding(CHECK, Level.OK, "cannot run", "its library is missing, see above")
+        yield Finding(CHECK, Level.OK, "cannot run", "the driver's library is missing, see CUDA above")
         return
     if not host.live:
         yield Finding.not_asked(CHECK, "another system's root: its driver cannot be asked")

@@ -90,7 +90,7 @@ def _device_executor(name: str, *, present: bool) -> Finding:
     if importlib.util.find_spec(f"edgellm.executor.{name}") is None:
         return Finding(check, Level.OK, "not in this version of edgellm", "the cpu executor serves")
     if not present:
-        return Finding(check, Level.OK, "cannot run", "its library is missing or too old, see above")
+        return Finding(check, Level.OK, "cannot run", "TensorRT is missing or too old, see above")
     return Finding(check, Level.OK, "can run")
 
 

@@ -19,18 +19,14 @@ from edgellm.executor.base import (
     MemoryReport,
     Progress,
 )
+from edgellm.executor.buckets import decode_buckets, prefill_buckets
 from edgellm.executor.cuda_kernels import load_cubins
 from edgellm.executor.cuda_memory import DeviceMemory, load_weights
-from edgellm.executor.cuda_programs import (
-    Lowering,
-    Program,
-    decode_buckets,
-    kernels_of,
-    prefill_buckets,
-)
+from edgellm.executor.cuda_programs import Lowering
 from edgellm.executor.cuda_steps import Piece
 from edgellm.executor.device import STEP_LIMIT_S, DeviceExecutor
 from edgellm.executor.device_state import PIPELINE_DEPTH, DeviceState, HostMemory
+from edgellm.executor.program import Program, kernels_of
 from edgellm.kernels.attention_shape import CacheKind, rope_table
 from edgellm.model.network import NETWORK_FILE, Network, read_network
 from edgellm.model.rotary import Rotary

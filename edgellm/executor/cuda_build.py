@@ -7,8 +7,10 @@ from pathlib import Path
 from edgellm.cuda.launch import Device
 from edgellm.engine_config import BuildConfig
 from edgellm.executor.base import Progress
+from edgellm.executor.buckets import decode_buckets, prefill_buckets
 from edgellm.executor.cuda_kernels import devices_of, write_cubins
-from edgellm.executor.cuda_programs import Lowering, Program, decode_buckets, kernels_of, prefill_buckets
+from edgellm.executor.cuda_programs import Lowering
+from edgellm.executor.program import Program, kernels_of
 from edgellm.kernels.attention_shape import CacheKind
 from edgellm.memory.plan import Shape
 from edgellm.model.network import NETWORK_FILE, read_network

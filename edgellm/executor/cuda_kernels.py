@@ -36,7 +36,7 @@ def devices_of(sm: int) -> tuple[Device, ...]:
         ValueError: none is known.
     """
     if sm not in KNOWN:
-        raise ValueError(f"sm {sm}: kernels can be built ahead for {', '.join(map(str, KNOWN))}")
+        raise ValueError(f"kernels can be built ahead for {', '.join(map(str, KNOWN))}")
     shared, multiprocessors = KNOWN[sm]
     return tuple(Device(sm, count, shared) for count in multiprocessors)
 

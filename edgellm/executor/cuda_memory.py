@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from edgellm.cuda.driver import Driver
 from edgellm.cuda.launch import At
 from edgellm.errors import EngineError
-from edgellm.executor.cuda_programs import Program
+from edgellm.executor.program import Program
 from edgellm.memory.arena import Buffer, aligned, place
 from edgellm.model.weights_file import PAGE, PieceDigests, WeightsFile
 

@@ -12,72 +12,43 @@ the last; programs never run at the same time, so they share one piece of memory
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Final, Literal
 
-from edgellm.cuda.launch import At, Device, Kernel, Launch
+from edgellm.cuda.launch import At, Device, Launch
+from edgellm.executor.buckets import HISTORY, MOST_ROWS, decode_buckets, prefill_buckets
+from edgellm.executor.program import Program
 from edgellm.kernels.adjust import AdjustmentsShape, adjust
 from edgellm.kernels.attention_decode import decode_attention
 from edgellm.kernels.attention_decode import decode_workspace as attention_workspace
-from edgellm.kernels.attention_prefill import prefill_attention, rope_and_append
+from edgellm.kernels.attention_prefill import (
+    prefill_attention,
+    prefill_attention_workspace,
+    rope_and_append,
+)
 from edgellm.kernels.attention_shape import SEQUENCE_MULTIPLE, AttentionShape, Cache, CacheKind, HeadNorms
 from edgellm.kernels.elementwise import embed_chunk, embed_rows, last_row, rms_norm
 from edgellm.kernels.gemm import prefill_linear, prefill_workspace
-from edgellm.kernels.linear import BUCKETS, Epilogue, decode_linear, decode_workspace
-from edgellm.kernels.linear import Norm as FusedNorm
+from edgellm.kernels.linear import Epilogue, decode_linear, decode_workspace
 from edgellm.kernels.moe import chunk_mixture, mixture_workspace, router_workspace, row_mixture
 from edgellm.kernels.moe_shape import MixtureShape, MixtureWeights, Tokens
+from edgellm.kernels.norm import Norm as FusedNorm
+from edgellm.kernels.norm import NormAhead
 from edgellm.kernels.rows import CHUNK, ROW
 from edgellm.kernels.sample import SAMPLED, SAMPLING, sample, sample_workspace
-from edgellm.memory.arena import Buffer, Placement, aligned, place
+from edgellm.memory.arena import Buffer, aligned
 from edgellm.memory.plan import Shape
 from edgellm.model.network import Layer, Linear, Mixture, Network, Norm
 from edgellm.model.spec import ModelSpec
 
+# What passes from the writers of the residual to the linears behind norms (kernels/norm.py). Scales
+# alternate: those that a layer's attention norm leaves are for its MLP's, that one's for the next layer's.
+_SCALED: Final = At("scaled")
+_SQUARES: Final = At("squares")
+_AFTER_ATTENTION_NORM: Final = At("scales.attention")
+_AFTER_MLP_NORM: Final = At("scales.mlp")
+
 ChunkEpilogue = Literal["store", "residual", "swiglu"]
-
-MOST_ROWS: Final = BUCKETS[-1]
-"""Of a decode program; more rows are several."""
-SMALLEST_PREFILL: Final = 16
-HISTORY: Final = 8192
-"""Distinct tokens of a slot that the device can penalise; in longer slots penalties are the host's. One
-number for all engines, so that their kernels do not depend on how long a slot is."""
-MOST_TOKENS: Final = 2048
-"""Of a prefill program; longer pieces are several."""
-
-
-@dataclass(frozen=True, slots=True)
-class Program:
-    """Launches in order, and the buffers that they alone use.
-
-    Attributes:
-        launches: what a graph is captured of.
-        buffers: with their lives, in launches.
-    """
-
-    launches: tuple[Launch, ...]
-    buffers: tuple[Buffer, ...]
-
-    @property
-    def placement(self) -> Placement:
-        """Where the buffers lie, from the beginning of the memory that programs share."""
-        return place(self.buffers)
-
-
-def decode_buckets(max_batch_size: int) -> tuple[int, ...]:
-    """Numbers of rows that there are decode programs for."""
-    enough = next((rows for rows in BUCKETS if rows >= max_batch_size), MOST_ROWS)
-    return tuple(rows for rows in BUCKETS if rows <= enough)
-
-
-def prefill_buckets(shape: Shape) -> tuple[int, ...]:
-    """Numbers of tokens that there are prefill programs for: powers of two."""
-    most = min(shape.max_num_tokens, shape.max_seq_len, MOST_TOKENS)
-    buckets = [SMALLEST_PREFILL]
-    while buckets[-1] < most:
-        buckets.append(buckets[-1] * 2)
-    return tuple(buckets)
 
 
 class Lowering:
@@ -135,11 +106,11 @@ class Lowering:
 
     def decode(self, rows: int) -> Program:
         """One token for each of `rows` rows, `rows` ROWs in the buffer `rows`; tokens go to `results`."""
-        return self._program(self._decode(rows), self._sizes(rows))
+        return Program.of(self._decode(rows), self._sizes(rows))
 
     def prefill(self, tokens: int) -> Program:
         """Up to `tokens` tokens of a slot: `chunk` holds a CHUNK, then the ids; a token goes to `results`."""
-        return self._program(self._prefill(tokens), self._sizes(tokens))
+        return Program.of(self._prefill(tokens), self._sizes(tokens))
 
     def lasting(self) -> tuple[Buffer, ...]:
         """Buffers that keep something between steps, once all programs have been made."""
@@ -187,7 +158,9 @@ class Lowering:
         return {
             "residual": rows * spec.hidden_size * 4,
             "normed": rows * spec.hidden_size * 2,
-            "squares": rows * (spec.hidden_size // 16) * 4,
+            "scaled": min(rows, MOST_ROWS) * spec.hidden_size * 2,
+            "squares": min(rows, MOST_ROWS) * (spec.hidden_size // 16) * 4,
+            "scales": min(rows, MOST_ROWS) * 4,
             "qkv": rows * attention.qkv_width * 2,
             "attended": rows * heads * 2,
             "inner": rows * inner * 2,
@@ -197,21 +170,9 @@ class Lowering:
             "logits": min(rows, MOST_ROWS) * spec.vocab_size * 4,
         }
 
-    def _program(self, launches: Iterable[Launch], sizes: Mapping[str, int]) -> Program:
-        launches = tuple(launches)
-        lives: dict[str, list[int]] = {}
-        for index, launch in enumerate(launches):
-            for argument in launch.arguments:
-                if isinstance(argument, At) and _kind(argument.buffer) in sizes:
-                    lives.setdefault(argument.buffer, []).append(index)
-        # The host may look at the logits afterwards.
-        lives["logits"].append(len(launches))
-        buffers = [Buffer(name, sizes[_kind(name)], min(used), max(used)) for name, used in lives.items()]
-        return Program(launches, tuple(buffers))
-
     def _decode(self, rows: int) -> Iterator[Launch]:
         network, table = self._network, self._network.embedding
-        residual, squares = At("residual"), At("squares")
+        residual = At("residual")
         yield from embed_rows(
             table.table,
             rows=rows,
@@ -221,13 +182,13 @@ class Lowering:
             scales=self._optional(table.scales),
             offsets=self._optional(table.offsets),
             out=residual,
-            squares=squares,
+            epsilon=self._spec.norm_epsilon,
+            ahead=self._ahead(self._norm_behind(-1), _AFTER_MLP_NORM),
         )
         for index, layer in enumerate(network.layers):
             qkv, attended = At(f"qkv.{index}"), At(f"attended.{index}")
-            yield from self._row_linear(
-                layer.qkv, rows, residual, qkv, norm=layer.attention_norm, epilogue="store"
-            )
+            norm = self._found(layer.attention_norm, _AFTER_MLP_NORM, _AFTER_ATTENTION_NORM)
+            yield from self._row_linear(layer.qkv, rows, _SCALED, qkv, norm=norm, epilogue="store")
             attention = self._attention[index]
             size = attention_workspace(attention, rows=rows, device=self._device)
             self._attention_workspace = max(self._attention_workspace, size)
@@ -244,7 +205,7 @@ class Lowering:
                 workspace=At("attention_workspace"),
             )
             yield from self._after_attention(index, rows, attended, residual, At("rows"))
-        yield from self._end(rows, residual, At("rows"))
+        yield from self._end(rows, At("rows"))
 
     def _prefill(self, tokens: int) -> Iterator[Launch]:
         network, table = self._network, self._network.embedding
@@ -273,13 +234,17 @@ class Lowering:
                 norms=self._head_norms(layer),
                 cache=cache,
             )
+            size = prefill_attention_workspace(attention, tokens=tokens, device=self._device)
+            self._attention_workspace = max(self._attention_workspace, size)
             yield from prefill_attention(
                 attention,
                 tokens=tokens,
+                device=self._device,
                 chunk=chunk,
                 qkv=qkv,
                 cache=cache,
                 out=attended,
+                workspace=At("attention_workspace") if size else None,
             )
             if index == len(network.layers) - 1:
                 break
@@ -293,21 +258,24 @@ class Lowering:
             chunk=chunk,
             x=residual,
             h=At(f"attended.{index}"),
+            epsilon=self._spec.norm_epsilon,
             x_out=At("last_residual"),
             h_out=At("last_attended"),
+            scales=_AFTER_ATTENTION_NORM,
         )
         yield from self._after_attention(index, 1, At("last_attended"), At("last_residual"), chunk)
-        yield from self._end(1, At("last_residual"), chunk)
+        yield from self._end(1, chunk)
 
     def _after_attention(
         self, index: int, rows: int, attended: At, residual: At, rows_at: At
     ) -> Iterator[Launch]:
         """The output projection and the MLP, of decode rows."""
         layer, inner = self._network.layers[index], At(f"inner.{index}")
-        yield from self._row_linear(layer.output, rows, attended, residual, epilogue="residual")
+        behind = self._ahead(self._norm_behind(index), _AFTER_MLP_NORM)
         if isinstance(layer.mlp, Mixture):
+            yield from self._row_linear(layer.output, rows, attended, residual, epilogue="residual")
             normed = At(f"normed.{index}.mlp")
-            yield from self._norm(layer.mlp_norm, rows, residual, normed, None)
+            yield from self._norm(layer.mlp_norm, rows, residual, normed, None, scales=_AFTER_MLP_NORM)
             shape = _mixture_shape(layer.mlp)
             size = router_workspace(shape, rows, self._device, chunk=False)
             self._linear_workspace = max(self._linear_workspace, size)
@@ -318,15 +286,16 @@ class Lowering:
                 x=normed,
                 weights=self._mixture_weights(layer.mlp),
                 residual=residual,
-                squares=At("squares"),
+                ahead=behind,
                 workspace=At(f"mixture.{index}"),
                 linear_workspace=At("linear_workspace") if size else None,
             )
             return
-        yield from self._row_linear(
-            layer.mlp.gate_up, rows, residual, inner, norm=layer.mlp_norm, epilogue="swiglu"
-        )
-        yield from self._row_linear(layer.mlp.down, rows, inner, residual, epilogue="residual")
+        ahead = self._ahead(layer.mlp_norm, _AFTER_ATTENTION_NORM)
+        yield from self._row_linear(layer.output, rows, attended, residual, epilogue="residual", ahead=ahead)
+        norm = self._found(layer.mlp_norm, _AFTER_ATTENTION_NORM, _AFTER_MLP_NORM)
+        yield from self._row_linear(layer.mlp.gate_up, rows, _SCALED, inner, norm=norm, epilogue="swiglu")
+        yield from self._row_linear(layer.mlp.down, rows, inner, residual, epilogue="residual", ahead=behind)
 
     def _chunk_mlp(self, index: int, tokens: int, residual: At) -> Iterator[Launch]:
         """The MLP of a chunk."""
@@ -360,12 +329,11 @@ class Lowering:
         # After the last attention a chunk is one row.
         return max(mixture_workspace(shape, count, self._device) for count in (1, rows))
 
-    def _end(self, rows: int, residual: At, rows_at: At) -> Iterator[Launch]:
+    def _end(self, rows: int, rows_at: At) -> Iterator[Launch]:
         """The head, and a token of its logits."""
         network = self._network
-        yield from self._row_linear(
-            network.head, rows, residual, At("logits"), norm=network.norm, epilogue="logits"
-        )
+        norm = self._found(network.norm, _AFTER_MLP_NORM, None)
+        yield from self._row_linear(network.head, rows, _SCALED, At("logits"), norm=norm, epilogue="logits")
         yield from adjust(
             self.adjustments,
             rows=rows,
@@ -386,10 +354,30 @@ class Lowering:
             workspace=At("sample_workspace"),
         )
 
+    def _norm_behind(self, index: int) -> Norm:
+        """The norm behind a layer; of -1, behind the embedding."""
+        layers = self._network.layers
+        return self._network.norm if index + 1 == len(layers) else layers[index + 1].attention_norm
+
+    def _ahead(self, norm: Norm, scales: At) -> NormAhead:
+        """What a writer of the residual leaves for a norm."""
+        return NormAhead(self._tensor(norm.gain), scales, _SCALED, _SQUARES)
+
+    def _found(self, norm: Norm, scales: At, next_scales: At | None) -> FusedNorm:
+        """The same as the linear behind the norm finds it."""
+        return FusedNorm(norm.epsilon, _SQUARES, scales, next_scales)
+
     def _row_linear(
-        self, linear: Linear, rows: int, x: At, out: At, *, norm: Norm | None = None, epilogue: Epilogue
+        self,
+        linear: Linear,
+        rows: int,
+        x: At,
+        out: At,
+        *,
+        epilogue: Epilogue,
+        norm: FusedNorm | None = None,
+        ahead: NormAhead | None = None,
     ) -> Iterator[Launch]:
-        squares = At("squares")
         size = decode_workspace(linear.shape, rows, self._device)
         self._linear_workspace = max(self._linear_workspace, size)
         yield from decode_linear(
@@ -397,13 +385,13 @@ class Lowering:
             rows=rows,
             device=self._device,
             x=x,
-            norm=None if norm is None else FusedNorm(self._tensor(norm.gain), norm.epsilon, squares),
+            norm=norm,
             weights=self._tensor(linear.weights),
             bias=self._optional(linear.bias),
             epilogue=epilogue,
             out=out,
             workspace=At("linear_workspace") if size else None,
-            squares=squares if epilogue == "residual" else None,
+            ahead=ahead,
         )
 
     def _chunk_linear(
@@ -424,7 +412,9 @@ class Lowering:
             workspace=At("prefill_workspace") if size else None,
         )
 
-    def _norm(self, norm: Norm, rows: int, x: At, out: At, chunk: At | None) -> Iterator[Launch]:
+    def _norm(
+        self, norm: Norm, rows: int, x: At, out: At, chunk: At | None, *, scales: At | None = None
+    ) -> Iterator[Launch]:
         yield from rms_norm(
             self._spec.hidden_size,
             rows=rows,
@@ -433,6 +423,7 @@ class Lowering:
             epsilon=norm.epsilon,
             out=out,
             chunk=chunk,
+            scales=scales,
         )
 
     def _head_norms(self, layer: Layer) -> HeadNorms:
@@ -454,13 +445,3 @@ def _mixture_shape(mixture: Mixture) -> MixtureShape:
         mixture.gate_up.shape,
         mixture.down.shape,
     )
-
-
-def _kind(buffer: str) -> str:
-    """A layer's buffers are named after it, so that each has a life of its own: `qkv.3` is a `qkv`."""
-    return buffer.partition(".")[0]
-
-
-def kernels_of(programs: Iterable[Program]) -> tuple[Kernel, ...]:
-    """Every kernel that programs launch, each once."""
-    return tuple(dict.fromkeys(launch.kernel for program in programs for launch in program.launches))

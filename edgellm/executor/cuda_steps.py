@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm.executor.base import Row
+from edgellm.executor.buckets import MOST_ROWS
 from edgellm.executor.cuda_memory import Pinned, pinned_size
-from edgellm.executor.cuda_programs import MOST_ROWS
 from edgellm.kernels.rows import CHUNK, ROW
 from edgellm.kernels.sample import SAMPLED
 from edgellm.memory.plan import Shape

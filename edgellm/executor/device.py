@@ -35,7 +35,7 @@ from edgellm.executor.base import (
     Want,
     check_step,
 )
-from edgellm.executor.cuda_programs import HISTORY, MOST_ROWS
+from edgellm.executor.buckets import HISTORY, MOST_ROWS
 from edgellm.executor.cuda_steps import NOBODY, SAMPLED_LAST, Piece, StepBuffers, pieces_of
 from edgellm.executor.device_state import PIPELINE_DEPTH, DeviceState, OpenStep, SlotState
 from edgellm.executor.sampler import Sampled, Sampler

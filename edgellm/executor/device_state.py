@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from edgellm.cuda.driver import Driver
 from edgellm.executor.base import Result, Row, Ticket
+from edgellm.executor.buckets import HISTORY
 from edgellm.executor.cuda_memory import DeviceMemory, Pinned, pinned_size
-from edgellm.executor.cuda_programs import HISTORY
 from edgellm.executor.cuda_steps import StepBuffers
 from edgellm.kernels.adjust import AdjustmentsShape
 from edgellm.kernels.sample import SAMPLING

@@ -18,9 +18,9 @@ from edgellm.cuda.launch import At, Kernel, Launch
 from edgellm.enginedir import EngineDir
 from edgellm.errors import EngineError
 from edgellm.executor.base import ExecutorInfo, MemoryReport, Progress, Row
+from edgellm.executor.buckets import MOST_ROWS
 from edgellm.executor.cuda_kernels import load_cubins
 from edgellm.executor.cuda_memory import DeviceMemory
-from edgellm.executor.cuda_programs import MOST_ROWS
 from edgellm.executor.cuda_steps import Piece
 from edgellm.executor.device import STEP_LIMIT_S, DeviceExecutor
 from edgellm.executor.device_state import PIPELINE_DEPTH, DeviceState, HostMemory

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 from edgellm.engine_config import BuildConfig
-from edgellm.executor.cuda_programs import HISTORY
+from edgellm.executor.buckets import HISTORY
 from edgellm.kernels.adjust import AdjustmentsShape
 from edgellm.kernels.rows import CHUNK, ROW
 from edgellm.kernels.sample import SAMPLED, SAMPLING, sample_workspace

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from edgellm.cuda.launch import At, Kernel, Launch
-from edgellm.executor.cuda_programs import HISTORY
+from edgellm.executor.buckets import HISTORY
 from edgellm.kernels.adjust import AdjustmentsShape, adjust
 from edgellm.kernels.feed import Inputs, feed_chunk, feed_rows
 from edgellm.kernels.sample import sample

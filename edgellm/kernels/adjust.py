@@ -120,7 +120,9 @@ def adjust(
         adjustments: an array of `shape.dtype`, one for each slot. The device adds what it generates to the
             history: the slot's token of before, when the next is to be chosen.
         last_token: int32, one for each slot.
-        logits: float32 [rows, vocab].
+        logits: float32 [rows, vocab]. Where min_tokens holds back all that there is, they end as −inf
+            everywhere, and `sample` says NOTHING_LEFT; the host's sampler would look at the whole row again
+            and let the end be chosen. No real vocabulary is that small.
     """
     kernel = Kernel("adjust.cu", f"adjust<{shape.vocab}, {BIASES}, {SUPPRESSED}, {shape.seen}>", _THREADS)
     return [Launch(kernel, (rows, 1, 1), (rows_at, sampling, adjustments, last_token, logits))]

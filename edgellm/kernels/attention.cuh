@@ -62,15 +62,21 @@ DEVICE void store_halves(u16* to, const Pairs<D>& x, int lane, float factor = 1.
     }
 }
 
+// The largest magnitude, in every lane.
+template <int D>
+DEVICE float largest_of(const Pairs<D>& x) {
+  float largest = 0.f;
+#pragma unroll
+  for (int e = 0; e < Pairs<D>::EACH; e++) largest = fmaxf(largest, fmaxf(fabsf(x.first[e]), fabsf(x.second[e])));
+  return warp_max(largest);
+}
+
 // ---- an int8 cache: x = scale · (stored − 128), one float16 scale for a token's head, the largest |x| at ±127
 
 // Gives the scale; stores the D bytes.
 template <int D, class Store>
 DEVICE u16 quantise(const Pairs<D>& x, int lane, Store store) {
-  float largest = 0.f;
-#pragma unroll
-  for (int e = 0; e < Pairs<D>::EACH; e++) largest = fmaxf(largest, fmaxf(fabsf(x.first[e]), fabsf(x.second[e])));
-  u16 scale = float_to_half(warp_max(largest) * (1.f / 127.f));
+  u16 scale = float_to_half(largest_of<D>(x) * (1.f / 127.f));
   float stored = half_to_float(scale);
   float inverse = stored > 0.f ? 1.f / stored : 0.f;
   auto code = [&](float v) { return u8(int(fminf(fmaxf(rintf(v * inverse), -127.f), 127.f)) + 128); };

@@ -10,13 +10,23 @@ from typing import Final
 
 from edgellm.cuda.launch import At, Device, Kernel, Launch
 from edgellm.errors import BuildError
-from edgellm.kernels.attention_shape import AttentionShape, Cache, HeadNorms, true_or_false
+from edgellm.kernels.attention_shape import (
+    COUNTERS,
+    COUNTERS_BYTES,
+    AttentionShape,
+    Cache,
+    HeadNorms,
+    true_or_false,
+)
 
 TILE: Final = 16
 """Tokens that a warp takes at a time."""
 
 MOST_ROWS: Final = 32
 """A lane of a warp knows each row."""
+
+SECOND_ROW: Final = 2
+"""What a second row takes a block, in pieces: its beginning and its end."""
 
 _SOURCE: Final = "attention_decode.cu"
 
@@ -57,10 +67,14 @@ def plan(shape: AttentionShape, *, rows: int, device: Device) -> Plan:
     """Blocks enough to fill the device, no more than there can be pieces.
 
     Raises:
-        BuildError: more rows than a warp has lanes.
+        BuildError: more rows than a warp has lanes, or than there are counters for.
     """
     if rows > MOST_ROWS:
         raise BuildError(f"decode attention takes {MOST_ROWS} rows at most, not {rows}")
+    if rows * shape.kv_heads > COUNTERS:
+        raise BuildError(
+            f"decode attention takes {COUNTERS // shape.kv_heads} rows of {shape.kv_heads} KV heads"
+        )
     size = _cluster_size(shape, rows, device)
     gathered = size * _gathered_bytes(shape) if size > 1 else 0
     # Clusters of 4 or 8 do not find every multiprocessor: two blocks should fit on one, or some have to wait.
@@ -123,9 +137,15 @@ def segments(plan: Plan, kv_heads: int, pasts: Sequence[int | None]) -> Iterator
             for block, each in _dealt(plan.blocks, [(head, row, pieces[row])]):
                 yield i * plan.blocks + block, each
         return
-    yield from _dealt(
-        plan.blocks, [(head, row, count) for head in range(kv_heads) for row, count in enumerate(pieces)]
-    )
+    work = [(head, row, count) for head in range(kv_heads) for row, count in enumerate(pieces) if count]
+    own = plan.blocks // len(work) if work else 0
+    even = -(-sum(pieces) * kv_heads // plan.blocks)
+    if own and -(-max(pieces) // own) <= even + SECOND_ROW:
+        for i, unit in enumerate(work):
+            for block, segment in _dealt(own, [unit]):
+                yield i * own + block, segment
+        return
+    yield from _dealt(plan.blocks, work)
 
 
 def _dealt(blocks: int, work: Sequence[tuple[int, int, int]]) -> Iterator[tuple[int, Segment]]:
@@ -145,16 +165,9 @@ def _dealt(blocks: int, work: Sequence[tuple[int, int, int]]) -> Iterator[tuple[
 
 
 def decode_workspace(shape: AttentionShape, *, rows: int, device: Device) -> int:
-    """Bytes needed; the first `counter_bytes` must be zero before the first launch, and are after it."""
+    """Bytes needed, whose first COUNTERS_BYTES must be 0 before the first launch."""
     cut = plan(shape, rows=rows, device=device)
-    if cut.clusters:
-        return counter_bytes(shape, rows=rows)
-    return counter_bytes(shape, rows=rows) + cut.blocks * 2 * _partial_bytes(shape)
-
-
-def counter_bytes(shape: AttentionShape, *, rows: int) -> int:
-    """Bytes at the workspace's start that count blocks, a multiple of 256."""
-    return -(-rows * shape.kv_heads * 4 // 256) * 256
+    return COUNTERS_BYTES + (0 if cut.clusters else cut.blocks * 2 * _partial_bytes(shape))
 
 
 def decode_attention(
@@ -200,8 +213,7 @@ def decode_attention(
         )
         return [Launch(kernel, (cut.blocks, shape.kv_heads, rows), arguments)]
     kernel = Kernel(_SOURCE, f"attention_decode<{', '.join(map(str, numbers))}>", cut.warps * 32, shared)
-    partials = workspace + counter_bytes(shape, rows=rows)
-    return [Launch(kernel, (cut.blocks, 1, 1), (rows, *arguments, partials, workspace))]
+    return [Launch(kernel, (cut.blocks, 1, 1), (rows, *arguments, workspace + COUNTERS_BYTES, workspace))]
 
 
 def _stage_bytes(shape: AttentionShape) -> int:
@@ -210,8 +222,10 @@ def _stage_bytes(shape: AttentionShape) -> int:
 
 
 def _static_shared(shape: AttentionShape, warps: int) -> int:
-    sums = warps * shape.queries * (shape.head_size + 4 + 2) * 4
-    return sums + shape.queries * (shape.head_size + 8) * 2 + _STATIC_SHARED
+    sums = warps * shape.queries * (shape.head_size + 8 + 2) * 4
+    # As float16, or two bytes each of a multiple of 32 and a scale.
+    query = (shape.head_size + 8) * 2 if shape.kv == "fp16" else 2 * (-(-shape.head_size // 32) * 32 + 16) + 4
+    return sums + shape.queries * query + _STATIC_SHARED
 
 
 def _partial_bytes(shape: AttentionShape) -> int:

@@ -47,16 +47,24 @@ __global__ void rope_and_append(int max_seq, const Chunk* __restrict__ chunk, u1
 // Queries [16 · WARPS] × keys in tiles of KEYS, the probabilities never leaving registers (Dao 2023,
 // FlashAttention-2). A block takes the rows (token, query head of one KV head) in this order, QUERIES for a token, so
 // that a tile of the cache serves all of them. Shared memory, dynamic: STAGES tiles of keys and values.
-// Grid: (KV_HEADS, bucket · QUERIES / (16 · WARPS)); the last rows, which have most to do, come first.
-template <int D, int QUERIES, int KV_HEADS, bool INT8, int WARPS, int KEYS, int STAGES>
-__global__ void __launch_bounds__(WARPS * 32)
+// Grid: (KV_HEADS, bucket · QUERIES / (16 · WARPS), parts); the last rows, which have most to do, come first.
+//
+// PARTED: the keys of a row are shared out among `parts` blocks, LEAST_TILES tiles each or more, so that a few tokens
+// behind many fill the device. Sums of more than one block meet in `partials`, where whoever comes last adds them up in
+// order; `attention_prefill.py` has the same arithmetic.
+template <int D, int QUERIES, int KV_HEADS, bool INT8, int WARPS, int KEYS, int STAGES, bool PARTED>
+__global__ void __launch_bounds__(WARPS * 32, 2)
     attention_prefill(int max_seq, const Chunk* __restrict__ chunk, const u16* qkv, const u8* keys, const u8* values,
-                      const u16* key_scales, const u16* value_scales, u16* out) {
+                      const u16* key_scales, const u16* value_scales, u16* out, float* partials, u32* counters) {
   using Cache = CacheRow<D, INT8>;
   constexpr int STEPS = D / 16, TILES = KEYS / 8, HEADS = KV_HEADS * QUERIES, WIDTH = (HEADS + 2 * KV_HEADS) * D;
   constexpr int MATRIX = KEYS * Cache::STRIDE, SCALES = INT8 ? 2 * KEYS * 2 : 0, STAGE = 2 * MATRIX + SCALES;
   constexpr int ROWS = 16 * WARPS, THREADS = WARPS * 32;
+  constexpr int LEAST_TILES = 256 / KEYS;
+  constexpr int PARTIAL = ROWS * (D + 2);  // floats: of each row {largest logit, sum of weights}, then its sums
   DYNAMIC_SHARED(ring);
+  __shared__ int part_count;
+  __shared__ bool is_last;
 
   launch_dependents();
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
@@ -68,7 +76,12 @@ __global__ void __launch_bounds__(WARPS * 32)
 
   const int last_token = min(first_row + ROWS, row_count) - 1;
   const int length = here.past + last_token / QUERIES + 1;  // keys that the block's last row sees
-  const int tiles = (length + KEYS - 1) / KEYS;
+  const int all_tiles = (length + KEYS - 1) / KEYS;
+  const int share = PARTED ? max((all_tiles + int(gridDim.z) - 1) / int(gridDim.z), LEAST_TILES) : all_tiles;
+  const int begin = PARTED ? int(blockIdx.z) * share : 0, tiles = min(begin + share, all_tiles);
+  if (PARTED && begin >= tiles) return;
+  // Not in a register until it is needed: the loop over tiles has none to spare.
+  if (PARTED && threadIdx.x == 0) part_count = (all_tiles + share - 1) / share;
   const u64 base = (u64(here.slot) * KV_HEADS + head) * max_seq;
 
   auto fetch = [&](int tile) {
@@ -97,7 +110,7 @@ __global__ void __launch_bounds__(WARPS * 32)
     copy_async_commit();
   };
 #pragma unroll
-  for (int s = 0; s < STAGES - 1; s++) fetch(s);
+  for (int s = 0; s < STAGES - 1; s++) fetch(begin + s);
 
   // Rows g and g + 8 of the warp's 16.
   int row[2], limit[2];  // the last key that a row sees
@@ -125,7 +138,7 @@ __global__ void __launch_bounds__(WARPS * 32)
   float o[2 * STEPS][4] = {};
   float largest[2] = {NOTHING, NOTHING}, sum[2] = {};
 #pragma unroll 1
-  for (int tile = 0; tile < tiles; tile++) {
+  for (int tile = begin; tile < tiles; tile++) {
     copy_async_wait<STAGES - 2>();
     __syncthreads();
     fetch(tile + STAGES - 1);
@@ -189,11 +202,13 @@ __global__ void __launch_bounds__(WARPS * 32)
       m = fmaxf(m, __shfl_xor_sync(FULL_WARP, m, 2));
       shrink[half] = exp2_fast(largest[half] - m);
       largest[half] = m;
+      // The first part's first tile has a key for every row; another part may have none, and no weight then.
+      const float reference = PARTED && m == NOTHING ? 0.f : m;
       float s = 0.f;
 #pragma unroll
       for (int n = 0; n < TILES; n++) {
-        c[n][2 * half] = exp2_fast(c[n][2 * half] - m);
-        c[n][2 * half + 1] = exp2_fast(c[n][2 * half + 1] - m);
+        c[n][2 * half] = exp2_fast(c[n][2 * half] - reference);
+        c[n][2 * half + 1] = exp2_fast(c[n][2 * half + 1] - reference);
         s += c[n][2 * half] + c[n][2 * half + 1];
       }
       sum[half] = sum[half] * shrink[half] + s;
@@ -244,6 +259,11 @@ __global__ void __launch_bounds__(WARPS * 32)
     }
   }
 
+  const int parts = PARTED ? part_count : 1;
+  auto place_of = [&](int row) {
+    return out + u64(row / QUERIES) * HEADS * D + (head * QUERIES + row % QUERIES) * D;
+  };
+  float* const sums_of_rows = partials + u64(blockIdx.y * KV_HEADS + head) * gridDim.z * PARTIAL;
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     float s = sum[half];
@@ -251,17 +271,72 @@ __global__ void __launch_bounds__(WARPS * 32)
     s += __shfl_xor_sync(FULL_WARP, s, 2);
     if (row[half] >= row_count) continue;
     const float r = (INT8 ? 1.f / VALUE_SCALE_FACTOR : 1.f) / s;
-    u16* const to = out + u64(row[half] / QUERIES) * HEADS * D + (head * QUERIES + row[half] % QUERIES) * D;
+    u16* const to = place_of(row[half]);
+    const int in_block = row[half] - first_row;
+    float* const part = sums_of_rows + blockIdx.z * PARTIAL;
+    float* const sums = part + ROWS * 2 + in_block * D;
+    if (PARTED && parts > 1 && t == 0) ((float2*)part)[in_block] = make_float2(largest[half], s);
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
-      const float a0 = o[2 * step][2 * half] * r, a1 = o[2 * step][2 * half + 1] * r;
-      const float b0 = o[2 * step + 1][2 * half] * r, b1 = o[2 * step + 1][2 * half + 1] * r;
-      if constexpr (INT8) {
-        // Columns 2t and 2t + 1 of the even product are d = 4t and 4t + 2, of the odd one 4t + 1 and 4t + 3.
-        *(uint2*)(to + step * 16 + 4 * t) = make_uint2(pack_half2(a0, b0), pack_half2(a1, b1));
+      const float a0 = o[2 * step][2 * half], a1 = o[2 * step][2 * half + 1];
+      const float b0 = o[2 * step + 1][2 * half], b1 = o[2 * step + 1][2 * half + 1];
+      // Of bytes columns 2t and 2t + 1 of the even product are d = 4t and 4t + 2, of the odd one 4t + 1 and 4t + 3.
+      if (PARTED && parts > 1) {
+        if constexpr (INT8) {
+          *(float4*)(sums + step * 16 + 4 * t) = make_float4(a0, b0, a1, b1);
+        } else {
+          *(float2*)(sums + step * 16 + 2 * t) = make_float2(a0, a1);
+          *(float2*)(sums + step * 16 + 8 + 2 * t) = make_float2(b0, b1);
+        }
+      } else if constexpr (INT8) {
+        *(uint2*)(to + step * 16 + 4 * t) = make_uint2(pack_half2(a0 * r, b0 * r), pack_half2(a1 * r, b1 * r));
       } else {
-        *(u32*)(to + step * 16 + 2 * t) = pack_half2(a0, a1);
-        *(u32*)(to + step * 16 + 8 + 2 * t) = pack_half2(b0, b1);
+        *(u32*)(to + step * 16 + 2 * t) = pack_half2(a0 * r, a1 * r);
+        *(u32*)(to + step * 16 + 8 + 2 * t) = pack_half2(b0 * r, b1 * r);
+      }
+    }
+  }
+  if constexpr (PARTED) {
+    if (parts == 1) return;
+    __syncthreads();
+    if (threadIdx.x == 0) is_last = count_arrival(counters + blockIdx.y * KV_HEADS + head, parts - 1) == parts - 1;
+    __syncthreads();
+    if (!is_last) return;
+    // A warp for its rows, ABREAST at a time so that their loads are under way together; a lane has four neighbours of
+    // d, and what it knows of part `lane`.
+    constexpr int ABREAST = 4;
+#pragma unroll 1
+    for (int n = 0; n < 16; n += ABREAST) {
+      const int in_block = warp * 16 + n;
+      if (first_row + in_block >= row_count) break;
+      float weight[ABREAST], total[ABREAST];
+      float4 v[ABREAST];
+#pragma unroll
+      for (int i = 0; i < ABREAST; i++) {
+        const bool there = lane < parts && first_row + in_block + i < row_count;
+        const float2 s = there ? load_l2((const float2*)(sums_of_rows + lane * PARTIAL) + in_block + i)
+                               : make_float2(NOTHING, 0.f);
+        weight[i] = exp2_fast(s.x - warp_max(s.x));
+        total[i] = warp_sum(weight[i] * s.y);
+        v[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+      }
+#pragma unroll 4
+      for (int part = 0; part < parts; part++)
+#pragma unroll
+        for (int i = 0; i < ABREAST; i++) {
+          const float f = __shfl_sync(FULL_WARP, weight[i], part);
+          if (lane >= D / 4 || first_row + in_block + i >= row_count) continue;
+          const float* const sums = sums_of_rows + part * PARTIAL + ROWS * 2 + (in_block + i) * D;
+          const float4 a = load_l2((const float4*)sums + lane);
+          v[i].x += f * a.x, v[i].y += f * a.y, v[i].z += f * a.z, v[i].w += f * a.w;
+        }
+#pragma unroll
+      for (int i = 0; i < ABREAST; i++) {
+        const int row = first_row + in_block + i;
+        if (lane >= D / 4 || row >= row_count) continue;
+        const float r = (INT8 ? 1.f / VALUE_SCALE_FACTOR : 1.f) / total[i];
+        ((uint2*)place_of(row))[lane] =
+            make_uint2(pack_half2(v[i].x * r, v[i].y * r), pack_half2(v[i].z * r, v[i].w * r));
       }
     }
   }

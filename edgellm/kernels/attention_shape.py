@@ -18,6 +18,11 @@ HEAD_SIZES: Final = (64, 80, 96, 128)
 MOST_QUERIES: Final = 16
 """Query heads of one key/value head: two fragments' columns."""
 
+COUNTERS: Final = 1024
+COUNTERS_BYTES: Final = 4 * COUNTERS
+"""Of a workspace's start: counters that must be 0 before the first launch; launches leave them so. As many
+for all launches, which share one workspace: behind them lie partial sums."""
+
 SEQUENCE_MULTIPLE: Final = 16
 """A slot's capacity is a multiple of this, a tile's tokens."""
 

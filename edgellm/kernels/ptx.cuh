@@ -76,10 +76,25 @@ DEVICE float exp2_fast(float x) {
   return r;
 }
 
+// log2 of x > 0, wrong by a few 2^-22.
+DEVICE float log2_fast(float x) {
+  float r;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
 // ---- memory
 
 // Past L1, whose lines are not kept in step with what other multiprocessors write.
 template <class T> DEVICE T load_l2(const T* p) { return __ldcg(p); }
+
+// Counts up to `last`, then from 0 again; gives what was counted before. What this thread had seen written before is seen
+// by whoever counts afterwards: less than two fences around it.
+DEVICE u32 count_arrival(u32* counter, u32 last) {
+  u32 before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(last) : "memory");
+  return before;
+}
 
 DEVICE u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
 
@@ -141,6 +156,17 @@ DEVICE void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, c
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+
+// c[16×8] += a[16×32] · b[32×8] of bytes, unsigned in a, signed in b: exact. Lane 4g + t holds
+//   a0 (g, 4t…) · a1 (g + 8, 4t…) · a2 (g, 4t + 16…) · a3 (g + 8, 4t + 16…)
+//   b0 (4t…, g) · b1 (4t + 16…, g) · c as above
+DEVICE void mma_bytes(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm(
+      "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 // ---- barriers

@@ -14,12 +14,8 @@ import msgspec
 
 from edgellm.cuda.launch import Device
 from edgellm.engine_config import Compute
-from edgellm.executor.cuda_programs import (
-    HISTORY,
-    Lowering,
-    decode_buckets,
-    prefill_buckets,
-)
+from edgellm.executor.buckets import HISTORY, decode_buckets, prefill_buckets
+from edgellm.executor.cuda_programs import Lowering
 from edgellm.kernels.adjust import AdjustmentsShape
 from edgellm.kernels.attention_shape import CacheKind
 from edgellm.memory.arena import aligned
@@ -43,6 +39,7 @@ class CudaFootprint:
         weights_bytes: of all packed tensors.
         kv_cache: what the caches hold.
         unified: whether the device's memory is the host's.
+        devices: that launches may be cut to.
         max_queue: requests that may wait.
         max_message_bytes: of a request.
     """
@@ -52,6 +49,7 @@ class CudaFootprint:
     weights_bytes: int
     kv_cache: CacheKind
     unified: bool = True
+    devices: tuple[Device, ...] = DEVICES
     max_queue: int = 64
     max_message_bytes: int = 1 << 20
 
@@ -83,7 +81,7 @@ class CudaFootprint:
         )
 
     def _caches(self, shape: Shape) -> Line:
-        spec, lowering = self.spec, self._lowering(shape, DEVICES[0])
+        spec, lowering = self.spec, self._lowering(shape, self.devices[0])
         attention, slots = lowering.attention, shape.max_batch_size
         half = aligned(attention.cache_bytes(slots)) + aligned(attention.scale_bytes(slots))
         each = f"{spec.head_size} × 2 B" if self.kv_cache == "fp16" else f"({spec.head_size} + 2) B"
@@ -101,7 +99,7 @@ class CudaFootprint:
         Two layers stand for all: the buffers of one are those of the next.
         """
         largest, nodes = 0, 0
-        for device in DEVICES:
+        for device in self.devices:
             lowering = self._lowering(shape, device)
             programs = [lowering.decode(rows) for rows in decode_buckets(shape.max_batch_size)]
             programs += [lowering.prefill(tokens) for tokens in prefill_buckets(shape)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from edgellm.server_config import ServerConfig
 if TYPE_CHECKING:
     from edgellm.memory.cuda import CudaFootprint
     from edgellm.memory.tensorrt import TensorRtFootprint
+    from edgellm.memory.tensorrt_estimate import TensorRtEstimate
 
 
 def footprint_of(
@@ -73,15 +75,22 @@ def footprint_of(
     )
 
 
-def cuda_footprint(checkpoint: Checkpoint, *, kv_cache: str, root: Path = Path("/")) -> CudaFootprint:
+def cuda_footprint(
+    checkpoint: Checkpoint, *, kv_cache: str, sms: Sequence[int] = (), root: Path = Path("/")
+) -> CudaFootprint:
     """What the CUDA executor would take; no matrix is read.
+
+    Args:
+        sms: compute capabilities, 87 for 8.7, of the devices that it may run on; none: of usual ones.
 
     Raises:
         BuildError: it has no kernel for a part of the network.
+        ValueError: no device of a compute capability is known.
     """
     from edgellm.executor.cuda_build import cache_kind
+    from edgellm.executor.cuda_kernels import devices_of
     from edgellm.memory.arena import aligned
-    from edgellm.memory.cuda import CudaFootprint
+    from edgellm.memory.cuda import DEVICES, CudaFootprint
     from edgellm.model.decoder import build_decoder
     from edgellm.model.kernels import KernelGraph
 
@@ -93,7 +102,26 @@ def cuda_footprint(checkpoint: Checkpoint, *, kv_cache: str, root: Path = Path("
         weights_bytes=sum(aligned(entry.bytes) for entry in graph.entries),
         kv_cache=cache_kind(kv_cache),
         unified=is_unified(root),
+        devices=tuple(device for sm in sms for device in devices_of(sm)) or DEVICES,
     )
+
+
+def tensorrt_estimate(
+    checkpoint: Checkpoint, *, sms: Sequence[int] = (), root: Path = Path("/")
+) -> TensorRtEstimate:
+    """What the TensorRT executor would take, about; no matrix is read, and no TensorRT needed.
+
+    Args:
+        sms: compute capabilities that the plan would be for; none: the one of the device it is built on.
+
+    Raises:
+        BuildError: TensorRT has no form for a part of the network.
+    """
+    from edgellm.memory.tensorrt_estimate import TensorRtEstimate
+    from edgellm.model.inventory import take_inventory
+
+    weights = take_inventory(checkpoint)
+    return TensorRtEstimate(checkpoint.spec, weights, tuple(sms) or (87,), unified=is_unified(root))
 
 
 def is_unified(root: Path) -> bool:

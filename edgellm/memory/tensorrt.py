@@ -13,7 +13,7 @@ from typing import Final
 from msgspec import structs
 
 from edgellm.engine_config import BuildConfig, Compute, PlanRecord
-from edgellm.executor.cuda_programs import HISTORY
+from edgellm.executor.buckets import HISTORY
 from edgellm.executor.tensorrt_buffers import lasting_buffers, longest_chunk
 from edgellm.kernels.adjust import AdjustmentsShape
 from edgellm.memory.arena import aligned

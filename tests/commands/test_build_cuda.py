@@ -20,8 +20,8 @@ from edgellm.executor import cuda_kernels
 from edgellm.executor.base import Executor
 from edgellm.executor.cuda import CudaExecutor
 from edgellm.executor.cuda_build import programs_of
-from edgellm.executor.cuda_programs import kernels_of
 from edgellm.executor.factory import make_executor
+from edgellm.executor.program import kernels_of
 
 # Columns in multiples of 64, as the kernels want them.
 TINY = TinyLlama(128, 2, 1, 64, 192, tied=True, rotary_base=1e6, seed=13, family="Qwen3")
@@ -133,8 +133,8 @@ def test_int8_caches_are_planned_at_half(tiny: Path, tmp_path: Path) -> None:
         ),
         (["--kv-cache", "int8"], r"--kv-cache int8: the cpu executor has fp32 and fp16"),
         (["--sm", "87"], r"--sm: only --executor cuda"),
-        (["--executor", "cuda", "--sm", "72"], r"--sm 72: sm 72: kernels can be built ahead for 80, 86, 87"),
-        (["--executor", "cuda", "--sm", "orin"], r"--sm orin"),
+        (["--executor", "cuda", "--sm", "72"], r"--sm 72: kernels can be built ahead for 80, 86, 87"),
+        (["--executor", "cuda", "--sm", "orin"], r"--sm orin: 'orin' is no compute capability, such as 87"),
     ],
 )
 def test_flags_that_do_not_go_together(
@@ -143,6 +143,18 @@ def test_flags_that_do_not_go_together(
     assert main(["build", str(tiny), "-o", str(tmp_path / "e"), *flags]) == UsageError.exit_code
     assert re.search(says, capsys.readouterr().err)
     assert not (tmp_path / "e").exists()
+
+
+def test_a_missing_compiler_is_told_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing() -> object:
+        raise DeviceError("CUDA's compiler library, libnvrtc, is not installed")
+
+    monkeypatch.setattr("edgellm.cuda.bindings.load_nvrtc", missing)
+    words = ["build", "/no/such.gguf", "-o", str(tmp_path / "e"), "--executor", "cuda", "--sm", "87"]
+    assert main(words) == DeviceError.exit_code
+    assert "libnvrtc, is not installed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -421,7 +421,7 @@ def test_both_forms_say_the_same(agx: Path) -> None:
 def test_the_exit_code_is_the_worst(agx: Path, pc: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def run(root: Path, *, as_json: bool) -> int:
         return doctor.run(
-            argparse.Namespace(root=root, json=as_json, prove=False, engine=None, reference=None)
+            argparse.Namespace(root=root, json=as_json, prove=False, record=None, engine=None, reference=None)
         )
 
     assert run(pc, as_json=False) == 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +14,15 @@ from tiny_llama import TINY
 
 from edgellm.checkpoint import open_checkpoint
 from edgellm.cli import main
+from edgellm.config import EngineConfig
 from edgellm.doctor.proof import Case, prove
-from edgellm.errors import UsageError
-from edgellm.executor.base import Feedback, Result, Row, Step, Ticket
+from edgellm.doctor.reference import compute_reference, log_softmax, read_reference
+from edgellm.enginedir import open_engine
+from edgellm.errors import EngineError, UsageError
+from edgellm.executor.base import Feedback, Result, Row, Step, Ticket, Want
 from edgellm.executor.cpu import CpuExecutor
+from edgellm.executor.factory import make_executor
+from edgellm.sampling import SamplingParams
 
 SLOTS = 3
 PROMPTS = [np.random.default_rng(i).integers(0, 265, 30 + i).astype(np.int32) for i in range(SLOTS)]
@@ -64,7 +71,7 @@ class Faulty:
 
 
 def _cases(tested: object, reference: CpuExecutor) -> dict[str, Case]:
-    return {case.name: case for case in prove(tested, reference, PROMPTS)}  # type: ignore[arg-type]
+    return {case.name: case for case in prove(tested, compute_reference(reference, PROMPTS))}  # type: ignore[arg-type]
 
 
 def test_an_executor_that_computes_the_model_passes(executors: tuple[CpuExecutor, CpuExecutor]) -> None:
@@ -111,31 +118,89 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return built
 
 
+@pytest.fixture(scope="module")
+def recorded(engines: dict[str, str]) -> str:
+    """A file of four texts of 20 tokens."""
+    path = f"{engines['reference']}.npz"
+    flags = ["--reference", engines["reference"], "--length", "20", "--seed", "5"]
+    assert main(["doctor", "--record", path, *flags]) == 0
+    return path
+
+
 @pytest.mark.parametrize(("engine", "code", "verdict"), [("right", 0, "passed"), ("wrong", 2, "FAILED")])
 def test_the_command_prints_a_table(
-    engine: str, code: int, verdict: str, engines: dict[str, str], capsys: pytest.CaptureFixture[str]
+    engine: str,
+    code: int,
+    verdict: str,
+    engines: dict[str, str],
+    recorded: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     capsys.readouterr()
-    assert (
-        main(["doctor", "--prove", "--engine", engines[engine], "--reference", engines["reference"]]) == code
-    )
-    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(table) == 2 + 9
-    # What an executor feeds back to itself is compared with itself.
-    assert all(line.endswith(f"| {verdict} |") for line in table[2:-1])
+    for reference in (engines["reference"], recorded):
+        assert main(["doctor", "--prove", "--engine", engines[engine], "--reference", reference]) == code
+        table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+        assert len(table) == 2 + 9
+        # What an executor feeds back to itself is compared with itself.
+        assert all(line.endswith(f"| {verdict} |") for line in table[2:-1])
+
+
+def test_a_recorded_reference_says_what_the_engine_says(recorded: str, engines: dict[str, str]) -> None:
+    reference, spec = read_reference(Path(recorded))
+    directory = open_engine(Path(engines["reference"]))
+    assert spec == directory.spec
+    assert reference.seed == 5
+    assert [len(text) for text in reference.texts] == [20] * 4
+    executor = make_executor(directory, EngineConfig())
+    executor.load(lambda _part, _done: None)
+    executor.bind(0, SamplingParams(temperature=0.0), np.empty(0, np.int32))
+    text = reference.texts[3]
+    result = executor.collect(executor.submit(Step([Row(0, 0, text, Want.LOGITS)])))
+    executor.close()
+    assert result.logits is not None
+    expected = log_softmax(result.logits[0])
+    np.testing.assert_allclose(reference.at(3, 19).astype(np.float64), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "other arrays", "shorter", "missing"])
+def test_a_file_that_is_no_reference_is_said(damage: str, recorded: str, tmp_path: Path) -> None:
+    path = tmp_path / "reference.npz"
+    raw = Path(recorded).read_bytes()
+    if damage == "cut":
+        path.write_bytes(raw[: len(raw) // 2])
+    elif damage == "text":
+        path.write_text("logits")
+    elif damage == "other arrays":
+        np.savez(path, tokens=np.zeros(3))
+    elif damage == "shorter":
+        with np.load(recorded) as file:
+            arrays = dict(file)
+        np.savez(path, **{**arrays, "logprobs": arrays["logprobs"][:-1]})
+    with pytest.raises(EngineError, match=re.escape(str(path))):
+        read_reference(path)
 
 
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--prove"], "--prove compares --engine DIR with --reference DIR"),
+        (["--prove"], "--prove compares --engine DIR with --reference PATH"),
         (["--engine", "{right}"], "go with --prove"),
-        (["--prove", "--engine", "{right}", "--reference", "{other}"], "not engines of one model"),
+        (["--prove", "--engine", "{right}", "--reference", "{other}"], "not of one model"),
+        (
+            ["--prove", "--engine", "{right}", "--reference", "{recorded}", "--seed", "3"],
+            "--length and --seed",
+        ),
+        (["--record", "{right}.npz"], "--record FILE writes what --reference DIR says"),
+        (["--record", "{right}", "--reference", "{reference}"], "Is a directory"),
+        (["--record", "x", "--prove"], "are two commands"),
         (["--prove", "--engine", "{right}", "--reference", "{reference}", "--length", "3"], "--length 3"),
     ],
 )
 def test_what_cannot_be_compared_is_said(
-    flags: list[str], says: str, engines: dict[str, str], capsys: pytest.CaptureFixture[str]
+    flags: list[str], says: str, engines: dict[str, str], recorded: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["doctor", *(flag.format(**engines) for flag in flags)]) == UsageError.exit_code
+    assert (
+        main(["doctor", *(flag.format(**engines, recorded=recorded) for flag in flags)])
+        == UsageError.exit_code
+    )
     assert says in capsys.readouterr().err

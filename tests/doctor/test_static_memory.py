@@ -92,7 +92,8 @@ class Leaking(FakeDevice):
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cuda")
     checkpoint = TINY.write_gguf(path / "tiny.gguf", "Q4_1", "Q8_0")
-    sizes = ["--max-seq-len", "48", "--max-batch-size", "2", "--max-num-tokens", "32"]
+    # One slot: the device knows nothing of caches that are copied.
+    sizes = ["--max-seq-len", "48", "--max-batch-size", "1", "--max-num-tokens", "32"]
     assert main(["build", str(checkpoint), "-o", str(path / "engine"), "--executor", "cuda", *sizes]) == 0
     return path / "engine"
 
@@ -108,11 +109,11 @@ def test_a_cuda_engine_is_proved_with_its_memory(
 ) -> None:
     """On devices that compute the same noise: what is proved is that the command goes all the way."""
     vocabulary = TINY.vocab
-    monkeypatch.setattr(module, "load_driver", lambda: device(vocabulary, 2))
+    monkeypatch.setattr(module, "load_driver", lambda: device(vocabulary, 1))
     capsys.readouterr()
     assert main(["doctor", "--prove", "--engine", str(engine), "--reference", str(engine)]) == code
     lines = capsys.readouterr().out.splitlines()
     assert "executor cuda on Fake Orin (sm_87, 8 SMs at up to 918 MHz, driver for CUDA 12.6)" in lines[0]
-    assert all(line.endswith("| passed |") for line in lines[4:13])
-    assert lines[14].startswith("device memory taken after READY: 0 bytes asked for")
-    assert lines[14].endswith(says)
+    assert all(line.endswith("| passed |") for line in lines[4:10])
+    assert lines[11].startswith("device memory taken after READY: 0 bytes asked for")
+    assert lines[11].endswith(says)

@@ -41,15 +41,16 @@ def test_decode_attention(device: Device) -> None:
     rng = np.random.default_rng(1)
     runner = emulated_runner(device)
     buckets, cuts = (1, 3, 16), CUTS[device.sm]
-    attention_checks.prepare(runner, SHAPES, buckets=buckets, cuts=cuts)
+    attention_checks.prepare(runner, SHAPES, buckets=buckets, cuts=cuts, chunks=())
     assert_all(attention_checks.check_decode(runner, rng, SHAPES, buckets=buckets, cuts=cuts))
 
 
 @DEVICES
 def test_prefill_attention(device: Device) -> None:
-    assert_all(
-        attention_checks.check_prefill(emulated_runner(device), np.random.default_rng(1), SHAPES, CHUNKS)
-    )
+    rng = np.random.default_rng(1)
+    runner = emulated_runner(device)
+    attention_checks.prepare(runner, SHAPES, buckets=(), chunks=CHUNKS)
+    assert_all(attention_checks.check_prefill(runner, rng, SHAPES, CHUNKS))
 
 
 @DEVICES

@@ -38,7 +38,9 @@ def test_adjusted_tokens_are_the_host_samplers(device: Device) -> None:
 
 @DEVICES
 def test_what_cannot_be_sampled_is_told(device: Device) -> None:
-    assert_all(sample_checks.check_status(emulated_runner(device, seed=1), np.random.default_rng(1)))
+    runner, rng = emulated_runner(device, seed=1), np.random.default_rng(1)
+    assert_all(sample_checks.check_status(runner, rng))
+    assert_all(sample_checks.check_emptied(runner, rng))
 
 
 @DEVICES

@@ -70,9 +70,18 @@ DEVICE u32 half2_multiply_add(u32 a, u32 b, u32 c) {
 
 DEVICE float exp2_fast(float x) { return x < -126.f ? 0.f : exp2f(x); }
 
+DEVICE float log2_fast(float x) { return log2f(x); }
+
 // ---- memory
 
 template <class T> DEVICE T load_l2(const T* p) { return __ldcg(p); }
+
+DEVICE u32 count_arrival(u32* counter, u32 last) {
+  __threadfence();
+  const u32 before = atomicInc(counter, last);
+  __threadfence();
+  return before;
+}
 
 DEVICE u32 shared_address(const void* p) { return machine::machine_shared_address(p); }
 
@@ -144,6 +153,41 @@ DEVICE void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, c
   std::memcpy(d, machine::machine_meet(~0u, "mma", machine::machine_mma)->out, 16);
 }
 DEVICE void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) { mma(c, a0, a1, a2, a3, b0, b1, c); }
+
+namespace machine {
+
+UNSEEN inline void mma_bytes_work(Exchange* lanes, u32) {
+  int a[16][32], b[32][8];
+  for (int lane = 0; lane < 32; lane++) {
+    const int g = lane / 4, t = lane % 4;
+    ::u32 w[6];
+    std::memcpy(w, lanes[lane].in, 24);
+    for (int i = 0; i < 4; i++) {
+      const auto byte = [&](int word) { return u8(w[word] >> 8 * i); };
+      a[g][4 * t + i] = byte(0), a[g + 8][4 * t + i] = byte(1);
+      a[g][16 + 4 * t + i] = byte(2), a[g + 8][16 + 4 * t + i] = byte(3);
+      b[4 * t + i][g] = (signed char)byte(4), b[16 + 4 * t + i][g] = (signed char)byte(5);
+    }
+  }
+  for (int lane = 0; lane < 32; lane++)
+    for (int i = 0; i < 4; i++) {
+      const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+      int c;
+      std::memcpy(&c, lanes[lane].in + 24 + i * 4, 4);
+      for (int k = 0; k < 32; k++) c += a[row][k] * b[k][column];
+      std::memcpy(lanes[lane].out + i * 4, &c, 4);
+    }
+}
+
+}  // namespace machine
+
+DEVICE void mma_bytes(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  const u32 operands[6] = {a0, a1, a2, a3, b0, b1};
+  unsigned char* const in = machine::machine_exchange()->in;
+  std::memcpy(in, operands, 24);
+  std::memcpy(in + 24, c, 16);
+  std::memcpy(c, machine::machine_meet(~0u, "mma_bytes", machine::mma_bytes_work)->out, 16);
+}
 
 // ---- barriers
 

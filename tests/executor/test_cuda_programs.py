@@ -16,7 +16,8 @@ from tiny_networks import NETWORKS, build, lowering
 from edgellm.checkpoint.random import Quant, RandomCheckpoint
 from edgellm.cuda.launch import At, Device
 from edgellm.errors import BuildError, EngineError
-from edgellm.executor.cuda_programs import Program, decode_buckets, kernels_of, prefill_buckets
+from edgellm.executor.buckets import decode_buckets, prefill_buckets
+from edgellm.executor.program import Program, kernels_of
 from edgellm.kernels.packing import pack, packed_shape
 from edgellm.memory.plan import Shape
 from edgellm.model.decoder import Expert, build_decoder

@@ -13,15 +13,30 @@ from hypothesis import strategies as st
 from edgellm.cuda.launch import At, Device, Launch
 from edgellm.errors import BuildError
 from edgellm.kernels.attention_decode import (
+    SECOND_ROW,
     Plan,
-    counter_bytes,
     decode_attention,
     decode_workspace,
     plan,
     segments,
 )
-from edgellm.kernels.attention_prefill import prefill_attention, rope_and_append
-from edgellm.kernels.attention_shape import AttentionShape, Cache, CacheKind, HeadNorms, rope_table
+from edgellm.kernels.attention_prefill import (
+    LEAST_TILES,
+    part_tiles,
+    parts,
+    prefill_attention,
+    prefill_attention_workspace,
+    rope_and_append,
+)
+from edgellm.kernels.attention_shape import (
+    COUNTERS,
+    COUNTERS_BYTES,
+    AttentionShape,
+    Cache,
+    CacheKind,
+    HeadNorms,
+    rope_table,
+)
 from edgellm.model.rotary import make_rotary
 
 AT = At("x")
@@ -50,11 +65,13 @@ def decode(shape: AttentionShape, rows: int, device: Device) -> list[Launch]:
     )
 
 
-def prefill(shape: AttentionShape, tokens: int) -> list[Launch]:
+def prefill(shape: AttentionShape, tokens: int, device: Device) -> list[Launch]:
     norms, cache = HeadNorms(AT, AT) if shape.qk_norm else HeadNorms(), Cache(AT, AT, AT, AT)
     return [
         *rope_and_append(shape, tokens=tokens, chunk=AT, qkv=AT, rope=AT, norms=norms, cache=cache),
-        *prefill_attention(shape, tokens=tokens, chunk=AT, qkv=AT, cache=cache, out=AT),
+        *prefill_attention(
+            shape, tokens=tokens, device=device, chunk=AT, qkv=AT, cache=cache, out=AT, workspace=AT
+        ),
     ]
 
 
@@ -97,13 +114,23 @@ def test_partial_sums_have_places_of_their_own_and_one_counter_counts_them(
 
 
 @given(pasts, st.integers(1, 140), st.integers(1, 9))
-def test_blocks_have_equal_work_up_to_one_piece_each(
+def test_blocks_have_equal_work_up_to_what_a_second_row_takes(
     pasts: list[int | None], blocks: int, heads: int
 ) -> None:
     work: Counter[int] = Counter()
     for block, each in segments(Plan(4, 2, blocks), heads, pasts):
         work[block] += each.last - each.first + 1
-    assert max(work.values(), default=0) <= -(-sum(work.values()) // blocks)
+    assert max(work.values(), default=0) <= -(-sum(work.values()) // blocks) + SECOND_ROW
+
+
+def test_few_rows_have_blocks_of_their_own() -> None:
+    """640 tokens and eight KV heads, as on Orin: no block begins a second row, few sums are added up."""
+    for blocks, longest in ((16, 3), (14, 5), (8, 5)):
+        parts = list(segments(Plan(8, 2, blocks), 8, [639]))
+        assert len({block for block, _ in parts}) == len(parts)
+        assert max(each.last - each.first + 1 for _, each in parts) == longest
+    # Long ones keep all blocks busy.
+    assert len({block for block, _ in segments(Plan(8, 2, 14), 8, [4095])}) == 14
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -119,8 +146,8 @@ def test_the_grid_fills_the_device(shape: AttentionShape, device: Device) -> Non
         assert cut.blocks <= device.multiprocessors
         workspace = decode_workspace(shape, rows=rows, device=device)
         partial = shape.queries * (shape.head_size + 2) * 4
-        assert workspace >= counter_bytes(shape, rows=rows) + 2 * cut.blocks * partial
-        assert counter_bytes(shape, rows=rows) >= 4 * rows * shape.kv_heads
+        assert workspace >= COUNTERS_BYTES + 2 * cut.blocks * partial
+        assert rows * shape.kv_heads <= COUNTERS
 
 
 @pytest.mark.parametrize("name", ["a100", "rtx3090", "agx orin", "h100"])
@@ -130,7 +157,7 @@ def test_kernels_fit_without_spilling(name: str) -> None:
         launch
         for shape in SHAPES.values()
         for rows in (1, 16)
-        for launch in (*decode(shape, rows, device), *prefill(shape, 256))
+        for launch in (*decode(shape, rows, device), *prefill(shape, 16 * rows, device))
     ]
     assert_fits(compile_for(kernels_of(launches), device.sm), device)
 
@@ -171,11 +198,62 @@ def test_the_rope_table_turns_as_the_rotary_says() -> None:
     np.testing.assert_allclose(table[:, 1], np.sin(angles), atol=1e-7)
 
 
-@given(st.integers(1, 2048), st.sampled_from(list(SHAPES.values())))
-def test_prefill_blocks_reach_every_row(tokens: int, shape: AttentionShape) -> None:
-    append, attend = prefill(shape, tokens)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_launches_share_a_workspace_without_writing_on_each_others_counters(shape: AttentionShape) -> None:
+    device = DEVICES["orin nx"]
+    launches = [launch for rows in (1, 2, 4, 8, 16) for launch in decode(shape, rows, device)]
+    launches += [prefill(shape, tokens, device)[1] for tokens in (16, 32, 64)]
+    parted = [launch for launch in launches if launch.arguments[-1] is not None]
+    assert parted
+    for launch in parted:
+        partials, counters = launch.arguments[-2:]
+        assert isinstance(partials, At) and isinstance(counters, At)
+        assert partials.offset == counters.offset + COUNTERS_BYTES
+
+
+def test_more_counters_than_there_are_are_refused() -> None:
+    many = AttentionShape(128, 128, 64, 1024, "fp16", 0.125)
+    with pytest.raises(BuildError, match="8 rows of 128 KV heads"):
+        plan(many, rows=16, device=DEVICES["h100"])
+
+
+@given(st.integers(1, 2048), st.sampled_from(list(SHAPES.values())), st.sampled_from(list(DEVICES.values())))
+def test_prefill_blocks_reach_every_row(tokens: int, shape: AttentionShape, device: Device) -> None:
+    append, attend = prefill(shape, tokens, device)
     warps = attend.kernel.threads // 32
     assert attend.grid[0] == shape.kv_heads
     assert (attend.grid[1] - 1) * 16 * warps < tokens * shape.queries <= attend.grid[1] * 16 * warps
     assert append.grid[0] * (append.kernel.threads // 32) >= shape.heads + 2 * shape.kv_heads
     assert append.grid[1] == tokens
+
+
+@given(st.integers(1, 16), st.integers(1, 40_000))
+def test_parts_have_every_tile_of_keys_once(count: int, keys: int) -> None:
+    shares = part_tiles(count, keys)
+    assert [tile for share in shares for tile in share] == list(range(-(-keys // 64)))
+    assert len(shares) <= count
+    assert all(len(share) >= LEAST_TILES for share in shares[:-1])
+
+
+@given(st.integers(1, 2048), st.sampled_from(list(SHAPES.values())), st.sampled_from(list(DEVICES.values())))
+def test_parted_blocks_have_room_beside_each_other(
+    tokens: int, shape: AttentionShape, device: Device
+) -> None:
+    count = parts(shape, tokens=tokens, device=device)
+    size = prefill_attention_workspace(shape, tokens=tokens, device=device)
+    if count == 1:
+        assert size == 0
+        return
+    _, attend = prefill(shape, tokens, device)
+    heads, rows, _ = attend.grid
+    assert attend.grid == (heads, rows, count)
+    assert heads * rows * count <= 2 * device.multiprocessors
+    assert heads * rows <= COUNTERS
+    # Of each of a block's 64 rows its sums, the largest logit and the sum of weights.
+    assert size == COUNTERS_BYTES + heads * rows * count * 64 * (shape.head_size + 2) * 4
+
+
+def test_a_turn_behind_a_cached_prefix_fills_the_device() -> None:
+    assert parts(SHAPES["qwen3-8b"], tokens=16, device=DEVICES["h100"]) == 16
+    assert parts(SHAPES["qwen3-8b"], tokens=16, device=DEVICES["orin nx"]) == 2
+    assert parts(SHAPES["qwen3-8b"], tokens=2048, device=DEVICES["h100"]) == 1

@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from closeness import largest_kl, relative
 from engines import MAX_SEQ_LEN, all_logits, tiny_executor
 from model_directories import write_directory
-from numpy.typing import NDArray
 from reference_decoder import reference_logits
 from tiny_llama import TINY, TINY_GGUF, TinyLlama
 
@@ -28,29 +28,17 @@ GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "decoder.npz")
 TIED = TINY["3/1 heads of 64, tied"]
 
 
-def _relative(got: NDArray[np.floating], expected: NDArray[np.floating]) -> float:
-    """Largest difference over the largest logit."""
-    return float(np.abs(got - expected).max() / np.abs(expected).max())
-
-
-def _kl(got: NDArray[np.floating], expected: NDArray[np.floating]) -> float:
-    """Largest KL divergence of a position, in nats."""
-    p, q = (x.astype(np.float64) - x.max(axis=-1, keepdims=True) for x in (expected, got))
-    p, q = (x - np.log(np.exp(x).sum(axis=-1, keepdims=True)) for x in (p, q))
-    return float((np.exp(p) * (p - q)).sum(axis=-1).max())
-
-
 @pytest.mark.parametrize("name", TINY_GGUF)
 def test_the_reference_decoder_agrees_with_transformers(name: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(TINY[name].write_gguf(tmp_path / "tiny.gguf"))
-    assert _relative(reference_logits(checkpoint, GOLDEN[f"{name}.tokens"]), GOLDEN[f"{name}.logits"]) < 1e-5
+    assert relative(reference_logits(checkpoint, GOLDEN[f"{name}.tokens"]), GOLDEN[f"{name}.logits"]) < 1e-5
 
 
 @pytest.mark.parametrize("name", [name for name, tiny in TINY.items() if tiny.scaling])
 def test_the_golden_files_of_scaled_models_tell_the_scaling(name: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(TINY[name].write_gguf(tmp_path / "tiny.gguf"))
     unscaled: Any = _Changed(checkpoint, {"rotary_scaling": None})
-    assert _relative(reference_logits(unscaled, GOLDEN[f"{name}.tokens"]), GOLDEN[f"{name}.logits"]) > 0.02
+    assert relative(reference_logits(unscaled, GOLDEN[f"{name}.tokens"]), GOLDEN[f"{name}.logits"]) > 0.02
 
 
 @pytest.mark.parametrize("compute", ["fp32", "int8"])
@@ -58,7 +46,7 @@ def test_the_golden_files_of_scaled_models_tell_the_scaling(name: str, tmp_path:
 def test_an_unquantized_model_gives_transformers_logits(name: str, compute: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(TINY[name].write_gguf(tmp_path / "tiny.gguf"))
     executor = tiny_executor(checkpoint, tmp_path / "engine", compute=compute)  # type: ignore[arg-type]
-    assert _relative(all_logits(executor, GOLDEN[f"{name}.tokens"].tolist()), GOLDEN[f"{name}.logits"]) < 1e-4
+    assert relative(all_logits(executor, GOLDEN[f"{name}.tokens"].tolist()), GOLDEN[f"{name}.logits"]) < 1e-4
 
 
 QUANTIZED = [
@@ -83,11 +71,11 @@ def test_a_quantized_model_computes_its_dequantized_weights(
     tokens = np.random.default_rng(0).integers(0, tiny.vocab, 12).tolist()
     expected = reference_logits(checkpoint, tokens)
     exact = tiny_executor(checkpoint, tmp_path / "fp32", compute="fp32")
-    assert _relative(all_logits(exact, tokens), expected) < 1e-4
+    assert relative(all_logits(exact, tokens), expected) < 1e-4
     # What is left is the rounding of activations to 8 bits. Of these weights, made to be sensitive, one wrong
     # nibble order, scale or offset costs more than 0.3.
     fast = tiny_executor(checkpoint, tmp_path / "int8", compute="int8")
-    assert _kl(all_logits(fast, tokens), expected) < 0.01
+    assert largest_kl(all_logits(fast, tokens), expected) < 0.01
 
 
 K_HIDDEN = {"hidden": 256, "inner": 512}
@@ -116,10 +104,10 @@ def test_a_file_of_mixed_types_computes_its_dequantized_weights(
     tokens = np.random.default_rng(0).integers(0, tiny.vocab, 12).tolist()
     expected = reference_logits(checkpoint, tokens)
     exact = tiny_executor(checkpoint, tmp_path / "fp32", compute="fp32")
-    assert _relative(all_logits(exact, tokens), expected) < 1e-4
+    assert relative(all_logits(exact, tokens), expected) < 1e-4
     fast = tiny_executor(checkpoint, tmp_path / "int8", compute="int8")
     # Q5_K without its middle taken away: 0.18.
-    assert _kl(all_logits(fast, tokens), expected) < 0.01
+    assert largest_kl(all_logits(fast, tokens), expected) < 0.01
 
 
 @pytest.mark.parametrize("name", TINY_GGUF)
@@ -128,7 +116,7 @@ def test_a_half_precision_cache_costs_half_and_little_accuracy(name: str, tmp_pa
     half = tiny_executor(checkpoint, tmp_path / "half", compute="fp32", kv_cache="fp16")
     whole = tiny_executor(checkpoint, tmp_path / "whole", compute="fp32")
     assert half.info.kv_bytes_per_token * 2 == whole.info.kv_bytes_per_token
-    error = _relative(all_logits(half, GOLDEN[f"{name}.tokens"].tolist()), GOLDEN[f"{name}.logits"])
+    error = relative(all_logits(half, GOLDEN[f"{name}.tokens"].tolist()), GOLDEN[f"{name}.logits"])
     assert 1e-6 < error < 5e-3
 
 
@@ -138,7 +126,7 @@ def test_a_head_of_any_multiple_of_16(size: int, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_directory(tmp_path / "tiny", tiny))
     tokens = np.random.default_rng(0).integers(0, tiny.vocab, 12).tolist()
     exact = tiny_executor(checkpoint, tmp_path / "engine", compute="fp32")
-    assert _relative(all_logits(exact, tokens), reference_logits(checkpoint, tokens)) < 1e-4
+    assert relative(all_logits(exact, tokens), reference_logits(checkpoint, tokens)) < 1e-4
 
 
 @pytest.mark.parametrize("size", [8, 20, 24, 72])

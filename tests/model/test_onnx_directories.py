@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import packers
 import pytest
+from closeness import largest_kl, relative
 from engines import all_logits, tiny_executor
 from model_directories import Tensors, write_directory
 from numpy.typing import NDArray
@@ -22,22 +23,11 @@ GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "decoder.npz")
 WIDE = TinyLlama(128, 2, 1, 64, 256, tied=False, rotary_base=1e4)
 
 
-def _relative(got: NDArray[np.floating], expected: NDArray[np.floating]) -> float:
-    return float(np.abs(got - expected).max() / np.abs(expected).max())
-
-
-def _kl(got: NDArray[np.floating], expected: NDArray[np.floating]) -> float:
-    """Largest KL divergence of a position, in nats."""
-    p, q = (x.astype(np.float64) - x.max(axis=-1, keepdims=True) for x in (expected, got))
-    p, q = (x - np.log(np.exp(x).sum(axis=-1, keepdims=True)) for x in (p, q))
-    return float((np.exp(p) * (p - q)).sum(axis=-1).max())
-
-
 @pytest.mark.parametrize("name", TINY)
 def test_an_unquantized_directory_gives_transformers_logits(name: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_directory(tmp_path / "tiny", TINY[name]))
     executor = tiny_executor(checkpoint, tmp_path / "engine", compute="int8")
-    assert _relative(all_logits(executor, GOLDEN[f"{name}.tokens"].tolist()), GOLDEN[f"{name}.logits"]) < 1e-4
+    assert relative(all_logits(executor, GOLDEN[f"{name}.tokens"].tolist()), GOLDEN[f"{name}.logits"]) < 1e-4
 
 
 def _awq(group: int) -> Any:
@@ -109,8 +99,8 @@ def test_a_packed_directory_computes_its_dequantized_weights(layout: Any, tied: 
     tokens = np.random.default_rng(0).integers(0, WIDE.vocab, 12).tolist()
     expected = reference_logits(checkpoint, tokens)
     exact = tiny_executor(checkpoint, tmp_path / "fp32", compute="fp32")
-    assert _relative(all_logits(exact, tokens), expected) < 1e-4
+    assert relative(all_logits(exact, tokens), expected) < 1e-4
     # What is left is the rounding of activations to 8 bits, whose scale is shared by a whole group.
     fast = tiny_executor(checkpoint, tmp_path / "int8", compute="int8")
     # Of these weights, made to be sensitive, one wrong order, scale or zero point costs more than 0.1.
-    assert _kl(all_logits(fast, tokens), expected) < 0.03
+    assert largest_kl(all_logits(fast, tokens), expected) < 0.03

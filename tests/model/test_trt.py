@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import packers
 import pytest
+from closeness import largest_kl, relative
 from engines import row, run, tiny_executor
 from model_directories import Tensors, write_directory
 from numpy.typing import NDArray
@@ -29,18 +30,6 @@ GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "decoder.npz")
 TIED = TINY["3/1 heads of 64, tied"]
 WIDE = TinyLlama(128, 2, 1, 64, 256, tied=False, rotary_base=1e4)
 TOKENS = np.random.default_rng(7).integers(0, TIED.vocab, 12).tolist()
-
-
-def _relative(got: NDArray[np.floating], expected: NDArray[np.floating]) -> float:
-    """Largest difference over the largest logit."""
-    return float(np.abs(got - expected).max() / np.abs(expected).max())
-
-
-def _kl(got: NDArray[np.floating], expected: NDArray[np.floating]) -> float:
-    """Largest KL divergence of a position, in nats."""
-    p, q = (x.astype(np.float64) - x.max(axis=-1, keepdims=True) for x in (expected, got))
-    p, q = (x - np.log(np.exp(x).sum(axis=-1, keepdims=True)) for x in (p, q))
-    return float((np.exp(p) * (p - q)).sum(axis=-1).max())
 
 
 def _all_logits(model: InterpretedModel, tokens: list[int]) -> NDArray[np.float32]:
@@ -142,9 +131,9 @@ def _assert_gives(
 ) -> None:
     """The float32 network computes the logits, the float16 one, rounded at every layer, nearly."""
     exact = InterpretedModel(emitted(checkpoint, api, compute="fp32"))
-    assert _relative(_all_logits(exact, tokens), expected) < 1e-4
+    assert relative(_all_logits(exact, tokens), expected) < 1e-4
     half = InterpretedModel(emitted(checkpoint, api), rounded=True)
-    assert _kl(_all_logits(half, tokens), expected) < 0.005
+    assert largest_kl(_all_logits(half, tokens), expected) < 0.005
 
 
 def test_four_bit_weights_stay_four_bits(tmp_path: Path) -> None:
@@ -223,6 +212,6 @@ def test_the_real_network_gives_the_cpu_executors_logits(smollm2_gguf: Path, tmp
         model = InterpretedModel(net, rounded=rounded)
         # A prompt, a second chunk of it behind what is there, a decode step.
         chunks = [model.step([(0, a, tokens[a:b])]) for a, b in ((0, 5), (5, 7), (7, 8))]
-        assert _kl(np.concatenate(chunks), expected) < 0.005
+        assert largest_kl(np.concatenate(chunks), expected) < 0.005
         if not rounded:
-            assert _relative(np.concatenate(chunks), expected) < 5e-3
+            assert relative(np.concatenate(chunks), expected) < 5e-3

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 from tiny_llama import TINY
 
-TOOL = Path(__file__).parents[2] / "tools" / "compare_llamacpp.py"
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+
+import compare_llamacpp as tool
 
 
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("compare_llamacpp", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_kl_of_two_known_distributions(tool: ModuleType) -> None:
+def test_kl_of_two_known_distributions() -> None:
     p, q = np.array([[0.5, 0.25, 0.25]]), np.array([[0.25, 0.5, 0.25]])
     # 0.5 · ln 2 + 0.25 · ln ½, whatever constant the logits carry
     exact, other = (np.log(x).astype(np.float32) for x in (p, q))
@@ -32,7 +22,7 @@ def test_kl_of_two_known_distributions(tool: ModuleType) -> None:
     assert tool._kl(exact, exact) == 0
 
 
-def test_a_ratio_is_theirs_over_ours_and_is_held_against_its_target(tool: ModuleType) -> None:
+def test_a_ratio_is_theirs_over_ours_and_is_held_against_its_target() -> None:
     args = tool._arguments(["model.gguf", "--prompt", "100"])
     row = tool._speed_row("prefill", args, [0.5, 0.5, 0.5], [1.0, 1.0, 1.0])
     assert (row["edgellm"], row["llamacpp"], row["ratio"], row["low"]) == (200.0, 100.0, 2.0, 2.0)
@@ -43,9 +33,7 @@ def test_a_ratio_is_theirs_over_ours_and_is_held_against_its_target(tool: Module
     assert tool._speed_row("decode 8", args, [0.5], [1.0])["edgellm"] == 16.0
 
 
-def test_without_llama_cpp_one_sentence_says_so(
-    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_llama_cpp_one_sentence_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = next(iter(TINY.values())).write_gguf(tmp_path / "tiny.gguf")
     # An interpreter that sees no packages at all.
     alone = tmp_path / "python"
@@ -56,7 +44,7 @@ def test_without_llama_cpp_one_sentence_says_so(
     assert error.startswith("compare_llamacpp: llama.cpp ended with 1") and "llama_cpp" in error
 
 
-def test_batches_are_positive_numbers(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_batches_are_positive_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         tool._arguments(["model.gguf", "--batch", "1,0"])
     assert "--batch 1,0" in capsys.readouterr().err

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -14,21 +12,14 @@ from tiny_llama import TinyLlama
 
 from edgellm.checkpoint import open_checkpoint
 
-TOOL = Path(__file__).parents[2] / "tools" / "compare_quantizers.py"
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+
+import compare_quantizers as tool
+
 TINY = TinyLlama(64, 4, 2, 32, 96, tied=False, rotary_base=1e4)
 
 
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("compare_quantizers", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_gguf_file_is_the_same_model(tool: ModuleType, tmp_path: Path) -> None:
+def test_the_gguf_file_is_the_same_model(tmp_path: Path) -> None:
     original = open_checkpoint(write_directory(tmp_path / "tiny", TINY))
     model = tool.Noisy(original, 0.0)
     tool.write_gguf(model, tmp_path / "f16.gguf")
@@ -45,7 +36,7 @@ def test_the_gguf_file_is_the_same_model(tool: ModuleType, tmp_path: Path) -> No
     )
 
 
-def test_noise_is_of_the_size_asked_for(tool: ModuleType, tmp_path: Path) -> None:
+def test_noise_is_of_the_size_asked_for(tmp_path: Path) -> None:
     original = open_checkpoint(write_directory(tmp_path / "tiny", TINY))
     noisy = tool.Noisy(original, 0.1)
     name = "layers.0.mlp.gate_proj"
@@ -54,7 +45,7 @@ def test_noise_is_of_the_size_asked_for(tool: ModuleType, tmp_path: Path) -> Non
     assert (noisy.tensor(name).dequantize() == found).all()
 
 
-def test_a_ratio_is_of_means_over_resampled_sequences(tool: ModuleType) -> None:
+def test_a_ratio_is_of_means_over_resampled_sequences() -> None:
     kl = np.random.default_rng(0).uniform(1, 2, (16, 10))
     assert tool._ratio(kl, kl) == (1.0, 1.0, 1.0)
     middle, low, high = tool._ratio(kl, kl[::-1])

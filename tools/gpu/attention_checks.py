@@ -1,6 +1,6 @@
 """Attention and the small kernels on a device: against float64, and how long they take.
 
-python tools/gpu/attention_checks.py [--bench]
+python tools/gpu/attention_checks.py [--bench | --bench-only]
 """
 
 from __future__ import annotations
@@ -9,17 +9,24 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any, Final
 
+import norms
 import numpy as np
 from numpy.typing import NDArray
 from runner import Runner, poisoned
 
 from edgellm.cuda.launch import At, Device, Launch
 from edgellm.kernels import elementwise
-from edgellm.kernels.attention_decode import counter_bytes, decode_attention, decode_workspace
-from edgellm.kernels.attention_prefill import prefill_attention, rope_and_append
-from edgellm.kernels.attention_shape import AttentionShape, Cache, HeadNorms, rope_table
+from edgellm.kernels.attention_decode import decode_attention, decode_workspace
+from edgellm.kernels.attention_prefill import (
+    prefill_attention,
+    prefill_attention_workspace,
+    rope_and_append,
+)
+from edgellm.kernels.attention_shape import COUNTERS_BYTES, AttentionShape, Cache, HeadNorms, rope_table
+from edgellm.kernels.norm import NormAhead
 from edgellm.kernels.rows import CHUNK, ROW
 from edgellm.model.rotary import make_rotary
 from edgellm.model.weights import Dense, Grouped, Groups, Weight
@@ -46,8 +53,11 @@ def shape(
 BUCKETS: Final = (1, 3, 8, 16)
 """Rows of a step."""
 
-CHUNKS: Final = ((16, 1, 0), (64, 50, 77), (256, 256, 0), (128, 100, -100))
+CHUNKS: Final = ((16, 1, 0), (64, 50, 740), (256, 256, 0), (128, 100, -100), (16, 13, -13))
 """A bucket of tokens, how many of them there are, the first one's position; negative: from the slot's end."""
+
+PREFILL_CUTS: Final = (2, 132)
+"""SMs of devices that prefill attention is cut for: keys in one part, or in as many as fill them."""
 
 WIDTHS: Final = ((576, 576), (4096, 4096), (3584, 3584), (896, 960))
 """Of the residual, and of attention's output."""
@@ -216,7 +226,7 @@ def check_decode(
                 device = replace(runner.device, sm=sm, multiprocessors=multiprocessors)
                 size = decode_workspace(shape, rows=rows, device=device)
                 workspace = np.full(size, 0xFF, np.uint8)
-                workspace[: counter_bytes(shape, rows=rows)] = 0
+                workspace[:COUNTERS_BYTES] = 0
                 before = layer.arrays() | {
                     "rows": table,
                     "qkv": qkv,
@@ -238,7 +248,7 @@ def check_decode(
                     error = max(error, relative(after["out"][i : i + 1], layer.attend(q, keys, values, past)))
                     append = max(append, layer.appended(after, slot, past, k, v))
                     new.append((slot, past, past + 1))
-                zero = not after["workspace"][: counter_bytes(shape, rows=rows)].any()
+                zero = not after["workspace"][:COUNTERS_BYTES].any()
                 name = f"decode {describe(shape)} rows {rows} SMs {multiprocessors}"
                 name += " clusters" * (sm >= 90)
                 yield verdict(name, error, append, unchanged(before, after, new) and zero)
@@ -273,8 +283,10 @@ def check_prefill(
     rng: np.random.Generator,
     shapes: Sequence[AttentionShape] = SHAPES,
     chunks: Sequence[tuple[int, int, int]] = CHUNKS,
+    cuts: Sequence[int] = PREFILL_CUTS,
 ) -> Iterator[tuple[str, bool]]:
-    """Chunks at the start and in the middle of a slot, full buckets and nearly empty ones."""
+    """Chunks at the start, in the middle and at the end of a slot, full buckets and nearly empty ones; each
+    twice, since counters must be left as they were."""
     for shape in shapes:
         for tokens, count, at in chunks:
             past = at % shape.max_seq
@@ -284,31 +296,52 @@ def check_prefill(
             layer.hide(1, past)
             qkv = rng.standard_normal((tokens, shape.qkv_width), np.float32).astype("<f2")
             qkv[count:] = np.nan
-            before = layer.arrays() | {
-                "chunk": chunk,
-                "qkv": qkv,
-                "out": poisoned((tokens, shape.heads * shape.head_size), "<f2"),
-            }
-            after = runner.run(prefill_launches(shape, layer, tokens), before)
-            q, k, v = layer.split(qkv[:count], past)
-            keys, values = (layer.read(after, kind, 1, past + count) for kind in (0, 1))
-            error = relative(after["out"][:count], layer.attend(q, keys, values, past))
-            append = layer.appended(after, 1, past, k, v)
-            others = unchanged(before, after, [(1, past, past + count)])
-            others &= bool(np.isnan(after["out"][count:]).all())
-            yield verdict(f"prefill {describe(shape)} {count} of {tokens} at {past}", error, append, others)
+            for multiprocessors in cuts:
+                device = replace(runner.device, multiprocessors=multiprocessors)
+                workspace = np.full(
+                    max(COUNTERS_BYTES, prefill_attention_workspace(shape, tokens=tokens, device=device)),
+                    0xFF,
+                    np.uint8,
+                )
+                workspace[:COUNTERS_BYTES] = 0
+                before = layer.arrays() | {
+                    "chunk": chunk,
+                    "qkv": qkv,
+                    "out": poisoned((tokens, shape.heads * shape.head_size), "<f2"),
+                    "workspace": workspace,
+                }
+                append, attend = prefill_launches(shape, layer, tokens, device)
+                after = runner.run([append, attend, replace(attend, early=False)], before)
+                q, k, v = layer.split(qkv[:count], past)
+                keys, values = (layer.read(after, kind, 1, past + count) for kind in (0, 1))
+                error = relative(after["out"][:count], layer.attend(q, keys, values, past))
+                appended = layer.appended(after, 1, past, k, v)
+                others = unchanged(before, after, [(1, past, past + count)])
+                others &= bool(np.isnan(after["out"][count:]).all())
+                others &= not after["workspace"][:COUNTERS_BYTES].any()
+                name = f"prefill {describe(shape)} {count} of {tokens} at {past} parts {attend.grid[2]}"
+                yield verdict(name, error, appended, others)
 
 
 def prefill_launches(
-    shape: AttentionShape, layer: Layer, tokens: int, cache: Cache | None = None
+    shape: AttentionShape, layer: Layer, tokens: int, device: Device, cache: Cache | None = None
 ) -> list[Launch]:
-    """Prefill attention over buffers of the usual names."""
+    """Prefill attention over buffers of the usual names: append, attend."""
     cache, chunk, qkv = cache or layer.cache(), At("chunk"), At("qkv")
     return [
         *rope_and_append(
             shape, tokens=tokens, chunk=chunk, qkv=qkv, rope=At("rope"), norms=layer.norms(), cache=cache
         ),
-        *prefill_attention(shape, tokens=tokens, chunk=chunk, qkv=qkv, cache=cache, out=At("out")),
+        *prefill_attention(
+            shape,
+            tokens=tokens,
+            device=device,
+            chunk=chunk,
+            qkv=qkv,
+            cache=cache,
+            out=At("out"),
+            workspace=At("workspace"),
+        ),
     ]
 
 
@@ -316,6 +349,11 @@ def check_elementwise(
     runner: Runner, rng: np.random.Generator, widths: Sequence[tuple[int, int]] = WIDTHS
 ) -> Iterator[tuple[str, bool]]:
     """Embedding of every kind of table, RMSNorm, the last row, columns in another order."""
+    yield from _check_embeddings(runner, rng)
+    yield from _check_rows(runner, rng, widths)
+
+
+def _check_embeddings(runner: Runner, rng: np.random.Generator) -> Iterator[tuple[str, bool]]:
     vocab = 500
     for hidden, weight in tables(rng, vocab):
         table = elementwise.table_of(weight)
@@ -334,6 +372,8 @@ def check_elementwise(
         ids = rng.integers(0, vocab, 4).astype("<i4")
         out, chunk_out = (poisoned((n, hidden), "<f4") for n in (5, 4))
         arrays |= {"rows": rows, "last": last, "chunk": chunk, "ids": ids, "out": out, "chunk_out": chunk_out}
+        gain = arrays["gain"] = rng.normal(1, 0.3, hidden).astype("<f4")
+        arrays |= {"norm_scales": poisoned((5,), "<f4"), "scaled": poisoned((5, hidden), "<f2")}
         arrays["squares"] = poisoned((5, hidden // 16), "<f4")
         places: dict[str, Any] = {"elements": At("elements"), "scales": scales, "offsets": offsets}
         launches = [
@@ -343,7 +383,8 @@ def check_elementwise(
                 rows_at=At("rows"),
                 last_token=At("last"),
                 out=At("out"),
-                squares=At("squares"),
+                epsilon=EPSILON,
+                ahead=NormAhead(At("gain"), At("norm_scales"), At("scaled"), At("squares")),
                 **places,
             ),
             *elementwise.embed_chunk(
@@ -356,11 +397,18 @@ def check_elementwise(
         there = rows["slot"] >= 0
         good = np.allclose(after["out"][there], w[fed[there]], rtol=1e-6, atol=1e-7)
         good &= bool(np.isnan(after["out"][~there]).all())
-        squares = (after["out"][there].reshape(-1, hidden // 16, 16).astype(np.float64) ** 2).sum(-1)
-        good &= np.allclose(after["squares"][there], squares, rtol=1e-5)
+        left = {name: after[name][there] for name in ("scaled", "squares", "norm_scales")}
+        inverse_rms = norms.inverse_rms(w[fed[there]], EPSILON)
+        good &= np.allclose(left["norm_scales"] * norms.ROOM, inverse_rms, rtol=1e-5)
+        good &= not norms.wrong_ahead(left, after["out"][there], gain, left["norm_scales"])
         good &= np.allclose(after["chunk_out"][:3], w[ids[:3]], rtol=1e-6, atol=1e-7)
         good &= bool(np.isnan(after["chunk_out"][3:]).all())
         yield f"embed {table.kind} {hidden} g{table.group} {'ok' if good else 'FAIL'}", good
+
+
+def _check_rows(
+    runner: Runner, rng: np.random.Generator, widths: Sequence[tuple[int, int]]
+) -> Iterator[tuple[str, bool]]:
     for hidden, width in widths:
         x = (rng.standard_normal((6, hidden), np.float32) * 30).astype("<f4")
         h = rng.standard_normal((6, width), np.float32).astype("<f2")
@@ -368,9 +416,10 @@ def check_elementwise(
         order = rng.permutation(width).astype("<i4")
         chunk = np.zeros(1, CHUNK)
         chunk["count"] = 4
-        arrays = {"x": x, "h": h, "gain": gain, "order": order, "chunk": chunk}
+        arrays: dict[str, Array] = {"x": x, "h": h, "gain": gain, "order": order, "chunk": chunk}
         arrays |= {"normed": poisoned((6, hidden), "<f2"), "permuted": poisoned((6, width), "<f2")}
         arrays |= {"x_out": poisoned((1, hidden), "<f4"), "h_out": poisoned((1, width), "<f2")}
+        arrays |= {"scales": poisoned((6,), "<f4"), "last_scale": poisoned((1,), "<f4")}
         launches = [
             *elementwise.rms_norm(
                 hidden,
@@ -380,16 +429,28 @@ def check_elementwise(
                 epsilon=EPSILON,
                 out=At("normed"),
                 chunk=At("chunk"),
+                scales=At("scales"),
             ),
             *elementwise.permute_columns(width, rows=6, order=At("order"), x=At("h"), out=At("permuted")),
             *elementwise.last_row(
-                hidden, width, chunk=At("chunk"), x=At("x"), h=At("h"), x_out=At("x_out"), h_out=At("h_out")
+                hidden,
+                width,
+                chunk=At("chunk"),
+                x=At("x"),
+                h=At("h"),
+                epsilon=EPSILON,
+                x_out=At("x_out"),
+                h_out=At("h_out"),
+                scales=At("last_scale"),
             ),
         ]
         after = runner.run(launches, arrays)
         wide = x[:4].astype(np.float64)
         normed = wide / np.sqrt((wide * wide).mean(-1, keepdims=True) + EPSILON) * gain
         good = relative(after["normed"][:4], normed) < 5e-4 and bool(np.isnan(after["normed"][4:]).all())
+        inverse_rms = norms.inverse_rms(x[:4], EPSILON)
+        good &= np.allclose(after["scales"][:4] * norms.ROOM, inverse_rms, rtol=1e-5)
+        good &= np.allclose(after["last_scale"] * norms.ROOM, inverse_rms[3], rtol=1e-5)
         good &= np.array_equal(after["permuted"], h[:, order])
         good &= np.array_equal(after["x_out"][0], x[3]) and np.array_equal(after["h_out"][0], h[3])
         yield f"norm, permutation, last row {hidden} {width} {'ok' if good else 'FAIL'}", good
@@ -426,13 +487,16 @@ def prepare(
     *,
     buckets: Sequence[int] = BUCKETS,
     cuts: Sequence[tuple[int, int]] = CUTS,
+    chunks: Sequence[tuple[int, int, int]] = CHUNKS,
 ) -> None:
     """Compile side by side what is needed one after the other."""
     rng = np.random.default_rng(0)
     launches: list[Launch] = []
     for kind in shapes:
         layer = Layer(rng, replace(kind, max_seq=16), 1)
-        launches += prefill_launches(kind, layer, 16)
+        for tokens, multiprocessors in product({tokens for tokens, _, _ in chunks}, PREFILL_CUTS):
+            device = replace(runner.device, multiprocessors=multiprocessors)
+            launches += prefill_launches(kind, layer, tokens, device)
         for sm, multiprocessors in cuts:
             device = replace(runner.device, sm=sm, multiprocessors=multiprocessors)
             for rows in buckets:
@@ -440,29 +504,40 @@ def prepare(
     runner.prepare(launches)
 
 
+QWEN3_8B: Final = shape(32, 8, 128, 16, norm=True)
+SMOLLM2: Final = shape(9, 3, 64, 16)
+
+
 class Chain:
-    """Decode attention of Qwen3-8B's shape, layer after layer, each with caches of its own."""
+    """Decode attention of a model, layer after layer, each with caches of its own; of Qwen3-8B by default."""
 
     def __init__(
-        self, runner: Runner, rng: np.random.Generator, rows: int, length: int, *, int8: bool
+        self,
+        runner: Runner,
+        rng: np.random.Generator,
+        rows: int,
+        length: int,
+        *,
+        int8: bool,
+        model: AttentionShape = QWEN3_8B,
     ) -> None:
         self._runner, self._rows = runner, rows
-        self.shape = shape(32, 8, 128, length, int8=int8, norm=True)
+        self.shape = kind = replace(model, max_seq=length, kv="int8" if int8 else "fp16")
         self.layers = 36 if length < 5000 else 8
-        self.read = rows * 2 * 8 * length * (self.shape.row_bytes + 2 * int8)
-        self._layer = Layer(rng, replace(self.shape, max_seq=16), 1)
+        self.read = rows * 2 * kind.kv_heads * length * (kind.row_bytes + 2 * int8)
+        self._layer = Layer(rng, replace(kind, max_seq=16), 1)
         table = np.zeros(rows, ROW)
         table["slot"], table["past"] = np.arange(rows), length - 1
         small = self._layer.arrays() | {
             "rows": table,
-            "qkv": rng.standard_normal((rows, self.shape.qkv_width), np.float32).astype("<f2"),
-            "rope": rope_table(make_rotary(128, 1e6), length),
+            "qkv": rng.standard_normal((rows, kind.qkv_width), np.float32).astype("<f2"),
+            "rope": rope_table(make_rotary(kind.head_size, 1e6), length),
         }
         names = ("keys", "values", "key_scales", "value_scales")
         self.small = {name: array for name, array in small.items() if name not in names}
-        sizes = [self.shape.cache_bytes(rows)] * 2 + [self.shape.scale_bytes(rows)] * 2
+        sizes = [kind.cache_bytes(rows)] * 2 + [kind.scale_bytes(rows)] * 2
         self.large = {name: max(16, size * self.layers) for name, size in zip(names, sizes, strict=True)}
-        self.large |= {"out": rows * 4096 * 2, "workspace": 16 << 20}
+        self.large |= {"out": rows * kind.heads * kind.head_size * 2, "workspace": 16 << 20}
         self._caches = [
             Cache(*(At(name, i * size) if size else None for name, size in zip(names, sizes, strict=True)))  # type: ignore[arg-type]
             for i in range(self.layers)
@@ -474,87 +549,148 @@ class Chain:
             value = 0 if name == "workspace" else 0x11
             self._runner.driver.call("cuMemsetD8", self._runner.allocate(name, size), value, size)
 
-    def time(self, device: Device, *, early: bool) -> float:
-        """µs of one layer, cut for this device."""
-        launches = [
+    def launches(self, device: Device) -> list[Launch]:
+        """Of all layers, cut for this device."""
+        return [
             launch
             for cache in self._caches
             for launch in decode_launches(self.shape, self._layer, self._rows, device, cache)
         ]
-        return self._runner.time(launches, early=early) / self.layers
+
+    def time(self, device: Device, *, early: bool) -> float:
+        """µs of one layer, cut for this device."""
+        return self._runner.time(self.launches(device), early=early) / self.layers
+
+
+DECODE: Final = (
+    *((QWEN3_8B, rows, 640) for rows in (1, 2, 4, 8, 16)),
+    *((QWEN3_8B, 1, length) for length in (4096, 32704)),
+    *((SMOLLM2, rows, 640) for rows in (1, 8, 16)),
+)
+FEW: Final = ((1, 640), (1, 4096), (4, 640), (8, 640), (8, 4096))
+FEW_MULTIPROCESSORS: Final = (16, 14, 8)
+PREFILL: Final = ((64, 0), (512, 0), (2048, 0), (512, 3584), (16, 4080), (64, 4032), (256, 3840), (16, 512))
+
+
+def chains(runner: Runner, model: AttentionShape, rows: int, length: int) -> list[Chain]:
+    """With a cache of float16 and one of int8."""
+    rng = np.random.default_rng(0)
+    return [Chain(runner, rng, rows, length, int8=int8, model=model) for int8 in (False, True)]
+
+
+def prepare_bench(runner: Runner) -> None:
+    """Compile side by side what the benchmark measures."""
+    launches: list[Launch] = []
+    for model, rows, length in DECODE:
+        for chain in chains(runner, model, rows, length):
+            for sm in (runner.device.sm, 87):
+                launches += chain.launches(replace(runner.device, sm=sm))
+    for rows, length in FEW:
+        for chain in chains(runner, QWEN3_8B, rows, length):
+            for multiprocessors in FEW_MULTIPROCESSORS:
+                launches += chain.launches(few(multiprocessors))
+    for kind, tokens in product(("fp16", "int8"), {tokens for tokens, _ in PREFILL}):
+        model = shape(32, 8, 128, 16, int8=kind == "int8", norm=True)
+        launches += prefill_launches(
+            replace(model, max_seq=4096), Layer(np.random.default_rng(0), model, 1), tokens, runner.device
+        )
+    runner.prepare(launches)
+
+
+def few(multiprocessors: int) -> Device:
+    """As on Orin: so many SMs, neither clusters nor early starts."""
+    return Device(87, multiprocessors, 163 << 10)
 
 
 def bench_decode(runner: Runner) -> Iterator[str]:
-    """µs of decode attention, and what it reads a second on few multiprocessors, as on Orin."""
-    rng = np.random.default_rng(0)
-    for int8 in (False, True):
-        for rows, length in ((1, 640), (2, 640), (4, 640), (8, 640), (16, 640), (1, 4096), (1, 32704)):
-            chain = Chain(runner, rng, rows, length, int8=int8)
-            line = f"decode {chain.shape.kv} rows {rows:2d} length {length:5d}"
+    """µs of decode attention for a layer, beside what reading its cache takes."""
+    kinds = "{} | after | no clusters | after"
+    yield f"| heads | rows × tokens | {kinds.format('fp16')} | read alone | {kinds.format('int8')} |"
+    yield "|---" * 11 + "|"
+    for model, rows, length in DECODE:
+        cells = []
+        for chain in chains(runner, model, rows, length):
             with runner.buffers(chain.small):
                 chain.allocate()
-                for name, device in (
-                    ("as it is", runner.device),
-                    ("without clusters", replace(runner.device, sm=87)),
-                ):
-                    early, after = (chain.time(device, early=early) for early in (True, False))
-                    line += f" | {name} {early:6.2f} early {after:6.2f} after"
-            yield f"{line} µs | {chain.read / 3.11e6:6.2f} at 3.11 TB/s"
-    for int8 in (False, True):
-        for rows, length in ((1, 640), (1, 4096), (4, 640), (8, 640), (8, 4096)):
-            chain = Chain(runner, rng, rows, length, int8=int8)
-            line = f"decode {chain.shape.kv} rows {rows:2d} length {length:5d}"
+                for device in (runner.device, replace(runner.device, sm=87)):
+                    cells += [f"{chain.time(device, early=early):.1f}" for early in (True, False)]
+            if chain.shape.kv == "fp16":
+                cells.append(f"{chain.read / 3.11e6:.1f}")
+        heads = f"{model.heads}/{model.kv_heads} × {model.head_size}"
+        yield f"| {heads} | {rows} × {length:,} | " + " | ".join(cells) + " |"
+
+
+def bench_few(runner: Runner) -> Iterator[str]:
+    """What decode attention reads a second, GB, and its µs on few multiprocessors: as many blocks."""
+    counts = " | ".join(
+        f"{kind}: {multiprocessors}" for kind in ("fp16", "int8") for multiprocessors in FEW_MULTIPROCESSORS
+    )
+    yield f"| rows × tokens, GB/s (µs) | {counts} |"
+    yield "|---" * 7 + "|"
+    for rows, length in FEW:
+        cells = []
+        for chain in chains(runner, QWEN3_8B, rows, length):
             with runner.buffers(chain.small):
                 chain.allocate()
-                for multiprocessors in (16, 14, 8):
-                    few = Device(87, multiprocessors, 163 << 10)
-                    us = chain.time(few, early=False)
-                    line += f" | {multiprocessors:2d} blocks {us:7.1f} µs {chain.read / us / 1e3:5.0f} GB/s"
-            yield line
+                for multiprocessors in FEW_MULTIPROCESSORS:
+                    us = chain.time(few(multiprocessors), early=False)
+                    cells.append(f"{chain.read / us / 1e3:.0f} ({us:.1f})")
+        yield f"| {rows} × {length:,} | " + " | ".join(cells) + " |"
 
 
 def bench_prefill(runner: Runner) -> Iterator[str]:
-    """µs of a layer's attention in prefill at Qwen3-8B's shape."""
+    """µs of a layer's attention in prefill at Qwen3-8B's shape, keys in as many parts as fit and in one."""
+    yield "| tokens, after | append | attend | parts | in one part | TFLOP/s | int8 attend | in one part |"
+    yield "|---" * 8 + "|"
     rng = np.random.default_rng(0)
-    for int8 in (False, True):
-        for count, past in ((64, 0), (512, 0), (2048, 0), (512, 3584), (16, 4080)):
+    for count, past in PREFILL:
+        chunk = np.zeros(1, CHUNK)
+        chunk["past"], chunk["count"] = past, count
+        pairs = count * past + count * (count + 1) // 2
+        cells = []
+        for int8 in (False, True):
             kind = shape(32, 8, 128, 4096, int8=int8, norm=True)
             layer = Layer(rng, kind, 1)
-            chunk = np.zeros(1, CHUNK)
-            chunk["past"], chunk["count"] = past, count
             qkv = rng.standard_normal((count, kind.qkv_width), np.float32).astype("<f2")
             arrays = layer.arrays() | {"chunk": chunk, "qkv": qkv, "out": poisoned((count, 4096), "<f2")}
-            line = f"prefill {kind.kv} {count:4d} tokens after {past:4d}"
+            size = prefill_attention_workspace(kind, tokens=count, device=runner.device)
+            arrays["workspace"] = np.zeros(max(size, COUNTERS_BYTES), np.uint8)
             with runner.buffers(arrays):
-                append, attend = prefill_launches(kind, layer, count)
-                for name, launch in (("append", append), ("attend", attend)):
-                    us = runner.time([launch] * 10) / 10
-                    line += f"  {name} {us:7.1f} µs"
-                pairs = count * past + count * (count + 1) // 2
-                line += f"  {4 * pairs * 4096 / us / 1e6:5.0f} TFLOP/s"
-            yield line
+                append, attend = prefill_launches(kind, layer, count, runner.device)
+                whole = prefill_launches(kind, layer, count, replace(runner.device, multiprocessors=1))[1]
+                appended, attended, alone = (
+                    runner.time([launch] * 10) / 10 for launch in (append, attend, whole)
+                )
+            if int8:
+                cells += [f"{attended:.1f}", f"{alone:.1f}"]
+            else:
+                cells += [f"{appended:.1f}", f"{attended:.1f}", f"{attend.grid[2]}", f"{alone:.1f}"]
+                cells.append(f"{4 * pairs * 4096 / attended / 1e6:.0f}")
+        yield f"| {count:,}, {past:,} | " + " | ".join(cells) + " |"
 
 
 def main() -> int:
     """Print a line for each check, then the benchmark if asked for; 1 if a check failed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bench", action="store_true", help="also measure")
+    parser.add_argument("--bench", action="store_true", help="also measure, as tables of docs/kernels.md")
+    parser.add_argument("--bench-only", action="store_true", help="measure without checking")
     parser.add_argument("--seed", type=int, default=None)
     arguments = parser.parse_args()
     runner = Runner()
     rng = np.random.default_rng(arguments.seed)
     failed = checked = 0
-    prepare(runner)
-    for check in (check_elementwise, check_decode, check_prefill):
-        for line, good in check(runner, rng):
-            print(line, flush=True)
-            checked += 1
-            failed += not good
-    print(f"{checked} checks, {failed} failed", flush=True)
-    if arguments.bench:
-        for bench in (bench_decode, bench_prefill):
-            for line in bench(runner):
+    if not arguments.bench_only:
+        prepare(runner)
+        for check in (check_elementwise, check_decode, check_prefill):
+            for line, good in check(runner, rng):
                 print(line, flush=True)
+                checked += 1
+                failed += not good
+        print(f"{checked} checks, {failed} failed", flush=True)
+    if arguments.bench or arguments.bench_only:
+        prepare_bench(runner)
+        for bench in (bench_decode, bench_few, bench_prefill):
+            print("", *bench(runner), sep="\n", flush=True)
     return int(failed > 0)
 
 

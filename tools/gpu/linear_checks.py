@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+import norms
 import numpy as np
 from numpy.typing import NDArray
 from runner import Runner, poisoned
@@ -23,18 +24,22 @@ from edgellm.kernels.linear import (
     BUCKETS,
     COUNTERS_BYTES,
     Epilogue,
-    Norm,
+    Join,
     Tuning,
     decode_linear,
+    held_registers,
     shared_bytes,
     tuned,
 )
+from edgellm.kernels.norm import Norm, NormAhead
 from edgellm.kernels.packing import ROW_BLOCK, PackedShape, Zero, pack, pack_bias, packed_shape
 from edgellm.model.weights import Dense, Grouped, Groups, Weight
 
 TOLERANCE: Final = 1.5e-3
 """Relative to the norm of the result: x rounds to float16 once, sums are float32."""
 EPSILON: Final = 1e-6
+NORM: Final = Norm(EPSILON, At("squares_in"), At("scales"), At("next_scales"))
+AHEAD: Final = NormAhead(At("next_gain"), At("scales"), At("scaled"), At("squares"))
 
 Array = NDArray[Any]
 
@@ -181,17 +186,24 @@ def check(
     else:
         x = x.astype(np.float16)
     gain = (1 + 0.1 * rng.standard_normal(case.k)).astype(np.float32)
+    next_gain = (1 + 0.1 * rng.standard_normal(shape.outputs)).astype(np.float32)
+    # The layer in between changed every row's size.
+    grown = 10 ** rng.uniform(-1.5, 2, rows)
+    scales = (norms.inverse_rms(x, EPSILON) * grown / norms.ROOM).astype(np.float32)
     residual = case.epilogue == "residual"
     out_type = np.float32 if case.epilogue in ("residual", "logits") else np.float16
     old = rng.standard_normal((rows, shape.outputs)).astype(np.float32)
     workspace = COUNTERS_BYTES + cut.slabs * shape.row_blocks * rows * ROW_BLOCK * 4
     arrays: dict[str, Array] = {
         "weights": matrix.packed,
-        "x": x,
-        "gain": gain,
-        "squares": (x.astype(np.float32) ** 2).reshape(rows, -1, 16).sum(-1, dtype=np.float32),
+        "x": norms.scaled(x, gain, scales) if case.normed else x,
+        "squares_in": norms.squares(x),
+        "scales": scales,
+        "next_scales": poisoned((rows,), np.float32),
+        "next_gain": next_gain,
+        "scaled": poisoned((rows, shape.outputs), np.float16),
         "out": old if residual else poisoned((rows, shape.outputs), out_type),
-        "squares_out": poisoned((rows, shape.row_blocks), np.float32),
+        "squares": poisoned((rows, shape.row_blocks), np.float32),
         "workspace": np.zeros(workspace, np.uint8),
         "bias": np.zeros(1, np.float32) if matrix.bias is None else matrix.bias,
     }
@@ -200,13 +212,13 @@ def check(
         rows=rows,
         device=runner.device,
         x=At("x"),
-        norm=Norm(At("gain"), EPSILON, At("squares")) if case.normed else None,
+        norm=NORM if case.normed else None,
         weights=At("weights"),
         bias=None if matrix.bias is None else At("bias"),
         epilogue=case.epilogue,
         out=At("out"),
         workspace=At("workspace"),
-        squares=At("squares_out") if residual else None,
+        ahead=AHEAD if residual else None,
         tuning=cut,
     )
     # Twice over: the second finds the counters as the first left them.
@@ -219,10 +231,11 @@ def check(
         wrong.append(f"{case}, {rows} rows, {cut}: error {error:.2e}")
     if got["workspace"][:COUNTERS_BYTES].any():
         wrong.append(f"{case}, {rows} rows: counters are left at other values than 0")
+    if case.normed and not np.allclose(got["next_scales"] * norms.ROOM, norms.inverse_rms(x, EPSILON), 1e-5):
+        wrong.append(f"{case}, {rows} rows: the scales for the norm behind differ")
     if residual and shape.outputs % ROW_BLOCK == 0:
-        squares = (got["out"].astype(np.float64) ** 2).reshape(rows, -1, ROW_BLOCK).sum(-1)
-        if not np.allclose(got["squares_out"], squares, rtol=1e-5):
-            wrong.append(f"{case}, {rows} rows: sums of squares differ")
+        left = norms.wrong_ahead(got, got["out"], next_gain, scales)
+        wrong += [f"{case}, {rows} rows, {cut}: {each}" for each in left]
     ERRORS.append(error)
     return wrong
 
@@ -287,34 +300,29 @@ CHUNKS: Final = ((16, 11), (32, 32), (64, 33), (256, 200))
 ERRORS: list[float] = []
 
 
-def cuts(shape: PackedShape, rows: int, runner: Runner, *, normed: bool) -> Iterator[Tuning]:
+def cuts(shape: PackedShape, rows: int, runner: Runner) -> Iterator[Tuning]:
     """What the device takes, and other ways that other devices would take."""
     device = runner.device
-    best = tuned(shape, rows=rows, device=device, normed=normed)
+    best = tuned(shape, rows=rows, device=device)
     yield best
+    common = replace(best, warps=8, warps_k=4, stages=4, early=2, abreast=2, sets=1, blocks_per_sm=1)
+    few = max(1, min(best.blocks, 7))
+    others = [
+        replace(common, slabs=1, join="whole", blocks=few, held=not best.held),
+        replace(common, slabs=1, join="whole", blocks=few, warps_k=2, abreast=1, sets=2, early=3, held=False),
+    ]
+    joins: list[Join] = ["last_block", *(("cluster",) if device.has_dependent_launch else ())]
     if shape.panels > 2:
-        for join in ("last_block", *(("cluster",) if device.has_dependent_launch else ())):
-            other = replace(
-                best,
-                slabs=2,
-                join=join,
-                blocks=max(1, min(best.blocks, 7)),
-                warps=8,
-                warps_k=4,
-                stages=4,
-                early=2,
-                abreast=2,
-                batch=2,
-                sets=1,
-                blocks_per_sm=2,
-            )
-            if shared_bytes(shape, rows, other, normed=normed) <= device.shared_per_block:
-                yield other
-    if device.has_dependent_launch and rows >= 2:
-        sharing = replace(best, slabs=1, join="shared_x", shared=min(4, rows), blocks=4, warps=8, warps_k=4)
-        sharing = replace(sharing, stages=2, early=1, abreast=1, batch=1, sets=1, blocks_per_sm=1)
-        if shared_bytes(shape, rows, sharing, normed=normed) <= device.shared_per_block:
-            yield sharing
+        parted = replace(common, slabs=2, blocks=few)
+        others += [replace(parted, join=join, held=held) for join in joins for held in (True, False)]
+    for other in others:
+        registers = held_registers(shape, rows, other) if other.held else 0
+        if registers <= HELD_MOST and shared_bytes(shape, rows, other) <= device.shared_per_block:
+            yield other
+
+
+HELD_MOST: Final = 128
+"""Registers for x that the eight warps of other cuts have."""
 
 
 def checks(
@@ -333,7 +341,7 @@ def checks(
         (case, matrix, rows, cut)
         for case, matrix in made
         for rows in buckets
-        for cut in cuts(matrix.shape, rows, runner, normed=case.normed)
+        for cut in cuts(matrix.shape, rows, runner)
     ]
     runner.prepare(launch for item in todo for launch in _launches(runner, *item))
     for case, matrix, rows, cut in todo:
@@ -368,7 +376,7 @@ def _launches(runner: Runner, case: Case, matrix: Matrix, rows: int, cut: Tuning
         rows=rows,
         device=runner.device,
         x=At("x"),
-        norm=Norm(At("gain"), EPSILON, At("squares")) if case.normed else None,
+        norm=NORM if case.normed else None,
         weights=At("weights"),
         bias=None,
         epilogue=case.epilogue,
@@ -400,7 +408,7 @@ class LinearBench:
             for name, ((n, k), epilogue, _) in QWEN3_8B.items()
         }
         widest = 16 * 151936 * 4
-        for name in ("x", "out", "gain", "squares", "squares_out"):
+        for name in ("x", "out", "squares_in", "scales", "next_scales", "next_gain", "scaled", "squares"):
             runner.allocate(name, widest if name == "out" else 16 * 12288 * 4)
             self._zeros(name, widest if name == "out" else 16 * 12288 * 4)
         runner.allocate("workspace", 64 << 20)
@@ -437,13 +445,13 @@ class LinearBench:
             rows=rows,
             device=self.runner.device,
             x=At("x"),
-            norm=Norm(At("gain"), EPSILON, At("squares")) if normed else None,
+            norm=NORM if normed else None,
             weights=At(name, copy * shape.nbytes),
             bias=None,
             epilogue=epilogue,  # type: ignore[arg-type]
             out=At("out"),
             workspace=At("workspace"),
-            squares=At("squares_out") if epilogue == "residual" else None,
+            ahead=AHEAD if epilogue == "residual" else None,
             tuning=cut,
         )
 
@@ -515,8 +523,7 @@ def bench(runner: Runner) -> Iterator[str]:
         device = Device(87, blocks, 163 << 10)
         for name in ("gate-up", "down"):
             for rows in (1, 4, 8):
-                normed = QWEN3_8B[name][2]
-                cut = tuned(measured.shapes[name], rows=rows, device=device, normed=normed)
+                cut = tuned(measured.shapes[name], rows=rows, device=device)
                 rate = measured.shapes[name].nbytes / measured.time(name, rows, cut, early=False) / 1e3
                 scaled = rate * orin_clock / clock
                 yield (

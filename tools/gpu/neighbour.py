@@ -145,11 +145,19 @@ def main() -> int:
         "--megabytes", type=int, default=100, help="read and written by a frame (default %(default)s)"
     )
     args = parser.parse_args()
+    try:
+        return _serve(args.hz, args.megabytes)
+    except OperatorError as error:
+        print(f"neighbour: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _serve(hz: float, megabytes: int) -> int:
     driver = Driver()
     kernel = Kernel("perceive.cu", f"perceive<{ROUNDS}>", THREADS)
     compiler = Compiler(sources=Path(__file__).parent)
     (image,) = compiler.cubins([kernel], driver.facts.device.sm).values()
-    frames = Frames(driver, image, args.megabytes)
+    frames = Frames(driver, image, megabytes)
     for _ in range(10):
         frames.run()
     facts: dict[str, object] = {
@@ -157,7 +165,7 @@ def main() -> int:
         "integrated": driver.facts.integrated,
         "mps": shares_contexts(driver),
     }
-    serve(frames.run, args.hz, sys.stdin, sys.stdout, facts)
+    serve(frames.run, hz, sys.stdin, sys.stdout, facts)
     driver.close()
     return 0
 

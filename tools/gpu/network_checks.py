@@ -24,6 +24,7 @@ from edgellm.checkpoint.random import QUANTS, RandomCheckpoint
 from edgellm.checkpoint.random_models import SMALL
 from edgellm.cuda.driver import Driver
 from edgellm.doctor.proof import Case, prove
+from edgellm.doctor.reference import compute_reference
 from edgellm.kernels.attention_shape import CacheKind
 from edgellm.memory.plan import Shape
 
@@ -94,7 +95,7 @@ def check_checkpoint(
             most = MAX_MEAN_KL_INT8_REAL if kv_cache == "int8" else MAX_MEAN_KL
             worst = 0.0
             with loaded(checkpoint, shape, kv_cache=kv_cache, open_driver=open_driver) as executor:
-                for case in prove(executor, reference, prompts):
+                for case in prove(executor, compute_reference(reference, prompts)):
                     worst = max(worst, case.mean_kl)
                     good &= _tell(say, checkpoint.name, kv_cache, case, most)
             if kv_cache == "fp16":
@@ -121,7 +122,7 @@ def _prove_small(
         vocabulary = checkpoint.spec.vocab_size
         prompts = [chance.integers(0, vocabulary, 80, dtype=np.int32) for _ in range(shape.max_batch_size)]
         reference.announce(prompts)
-        yield from prove(executor, reference, prompts)
+        yield from prove(executor, compute_reference(reference, prompts))
 
 
 def _tell(say: Say, name: str, kv_cache: CacheKind, case: Case, most: float) -> bool:

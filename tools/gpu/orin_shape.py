@@ -102,6 +102,10 @@ def headroom(measured: Measured, orin: Orin, clock_ghz: float) -> tuple[float, f
 def linears(runner: Runner) -> Iterator[Measured]:
     """Qwen3-8B's, each among others of its kind, larger than any L2."""
     bench = LinearBench(runner)
+    # Side by side: one after the other they would take minutes.
+    runner.prepare(
+        launch for name in QWEN3_8B for rows in LINEAR_ROWS for launch in bench.launches(name, rows, 0)
+    )
     for name in QWEN3_8B:
         bench.fill(name)
         for rows in LINEAR_ROWS:
@@ -114,15 +118,16 @@ def linears(runner: Runner) -> Iterator[Measured]:
 def attention(runner: Runner) -> Iterator[Measured]:
     """Of Qwen3-8B's shape, each layer with caches of its own."""
     rng = np.random.default_rng(0)
-    for int8 in (False, True):
-        for rows, length in ATTENTION:
-            chain = Chain(runner, rng, rows, length, int8=int8)
-            with runner.buffers(chain.small):
-                chain.allocate()
-                us = chain.time(runner.device, early=False)
-            kind = "attention" if not int8 else "attention int8"
-            name = f"{kind}, {length} tokens"
-            yield Measured(kind, name, rows, us, chain.read, rows * length >= LEAST_TOKENS)
+    todo = [(int8, rows, length) for int8 in (False, True) for rows, length in ATTENTION]
+    chains = [Chain(runner, rng, rows, length, int8=int8) for int8, rows, length in todo]
+    runner.prepare(launch for chain in chains for launch in chain.launches(runner.device))
+    for (int8, rows, length), chain in zip(todo, chains, strict=True):
+        with runner.buffers(chain.small):
+            chain.allocate()
+            us = chain.time(runner.device, early=False)
+        kind = "attention" if not int8 else "attention int8"
+        name = f"{kind}, {length} tokens"
+        yield Measured(kind, name, rows, us, chain.read, rows * length >= LEAST_TOKENS)
 
 
 def run(say: Say, figures: Figures) -> None:

@@ -24,6 +24,7 @@ from edgellm.kernels.sample import (
     FOR_HOST,
     NONE,
     NOT_FINITE,
+    NOTHING_LEFT,
     SAMPLED,
     SAMPLING,
     sample,
@@ -243,6 +244,33 @@ def check_adjusted(
         yield f"adjusted of {vocab}: {differ} differ by {worst:.1e} {'ok' if good else 'FAIL'}", good
 
 
+def check_emptied(runner: Runner, rng: np.random.Generator) -> Iterator[tuple[str, bool]]:
+    """Where a request holds back all that there is, its row alone says so, and nothing has changed."""
+    vocab, held = 300, (7, 290)
+    shape = AdjustmentsShape(vocab, 64)
+    for temperature in (0.0, 1.0):
+        emptied = SamplingParams(temperature=temperature, seed=3, min_tokens=2, suppressed=held)
+        params = [emptied, SamplingParams(temperature=temperature, seed=4, presence_penalty=1.0)]
+        batch = Batch(runner, params, vocab, adjusting=True)
+        adjustments = np.zeros(2, shape.dtype)
+        for row, each in enumerate(params):
+            state = adjustments_state(shape, each, np.zeros(0, np.int32))
+            adjustments[batch.rows["slot"][row]] = state
+        logits = logits_of(rng, "model", 2, vocab)
+        logits[0, [token for token in range(vocab) if token not in held]] = -np.inf
+        arrays = batch.arrays(logits) | {"adjustments": adjustments}
+        places = {name: At(name) for name in ("sampling", "adjustments", "logits")}
+        first = adjust(shape, rows=2, rows_at=At("rows"), last_token=At("last"), **places)
+        after = runner.run([*first, *batch.launches()], arrays)
+        got, slot = after["results"], batch.rows["slot"][0]
+        good = got["status"].tolist() == [NOTHING_LEFT, CHOSEN] and got["token"][0] == -1
+        good = bool(good and after["last"][slot] == -7 and after["sampling"][slot] == batch.sampling[slot])
+        yield (
+            f"emptied at temperature {temperature}: {got['status'].tolist()} {'ok' if good else 'FAIL'}",
+            good,
+        )
+
+
 def check_distribution(
     runner: Runner, rng: np.random.Generator, steps: int = 40
 ) -> Iterator[tuple[str, bool]]:
@@ -321,7 +349,7 @@ def main() -> int:
     runner = Runner()
     rng = np.random.default_rng(arguments.seed)
     failed = checked = 0
-    for check in (check_status, check_against_host, check_adjusted, check_distribution):
+    for check in (check_status, check_against_host, check_adjusted, check_emptied, check_distribution):
         for line, good in check(runner, rng):
             print(line, flush=True)
             checked += 1

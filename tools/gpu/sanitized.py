@@ -30,7 +30,9 @@ from edgellm.cuda.driver import Driver
 from edgellm.cuda.launch import At, Device, Kernel, Launch
 from edgellm.executor.base import FEEDBACK, Row, Step, Want
 from edgellm.kernels.adjust import AdjustmentsShape, adjust, adjustments_state
-from edgellm.kernels.attention_decode import counter_bytes, decode_workspace
+from edgellm.kernels.attention_decode import decode_workspace
+from edgellm.kernels.attention_prefill import prefill_attention_workspace
+from edgellm.kernels.attention_shape import COUNTERS_BYTES
 from edgellm.kernels.rows import CHUNK, ROW
 from edgellm.kernels.sample import CHOSEN
 from edgellm.memory.plan import Shape
@@ -57,8 +59,8 @@ MIXTURES: Final = (
 class Naming(Runner):
     """A device cut small, which names each kernel once it has run."""
 
-    def __init__(self, driver: Driver | None = None) -> None:
-        super().__init__(driver)
+    def __init__(self, driver: Driver | None = None, compiler: Any = None) -> None:
+        super().__init__(driver, compiler)
         self.device: Device = replace(self.device, multiprocessors=FEW)
         self._named: set[Kernel] = set()
 
@@ -77,7 +79,7 @@ def run_linear(runner: Runner, rng: np.random.Generator) -> Iterator[str]:
     for case in LINEARS:
         matrix = linear.make_matrix(rng, case)
         for rows in (1, 8):
-            for cut in linear.cuts(matrix.shape, rows, runner, normed=case.normed):
+            for cut in linear.cuts(matrix.shape, rows, runner):
                 yield from linear.check(runner, rng, case, matrix, rows=rows, cut=cut)
 
 
@@ -105,10 +107,10 @@ def run_attention_decode(runner: Runner, rng: np.random.Generator) -> Iterator[s
         for sm in dict.fromkeys((87, runner.device.sm)):
             device = replace(runner.device, sm=sm, multiprocessors=132 if sm >= 90 else FEW)
             workspace = np.full(decode_workspace(layer.shape, rows=3, device=device), 0xFF, np.uint8)
-            workspace[: counter_bytes(layer.shape, rows=3)] = 0
+            workspace[:COUNTERS_BYTES] = 0
             arrays = layer.arrays() | {"rows": table, "qkv": qkv, "workspace": workspace}
             arrays["out"] = poisoned((3, layer.shape.heads * layer.shape.head_size), "<f2")
-            after = runner.run(attention.decode_launches(layer.shape, layer, 3, device) * 2, arrays)
+            after = runner.run(attention.decode_launches(layer.shape, layer, 3, device), arrays)
             if not np.isfinite(after["out"][[0, 2]]).all():
                 yield f"{attention.describe(layer.shape)}, cut for sm_{sm}: not finite"
 
@@ -122,7 +124,10 @@ def run_attention_prefill(runner: Runner, rng: np.random.Generator) -> Iterator[
             qkv = rng.standard_normal((tokens, layer.shape.qkv_width), np.float32).astype("<f2")
             arrays = layer.arrays() | {"chunk": chunk, "qkv": qkv}
             arrays["out"] = poisoned((tokens, layer.shape.heads * layer.shape.head_size), "<f2")
-            after = runner.run(attention.prefill_launches(layer.shape, layer, tokens), arrays)
+            size = prefill_attention_workspace(layer.shape, tokens=tokens, device=runner.device)
+            arrays["workspace"] = np.zeros(max(size, COUNTERS_BYTES), np.uint8)
+            launches = attention.prefill_launches(layer.shape, layer, tokens, runner.device)
+            after = runner.run(launches, arrays)
             if not np.isfinite(after["out"][:count]).all():
                 yield f"{attention.describe(layer.shape)}, {count} tokens at {past}: not finite"
 
