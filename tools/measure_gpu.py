@@ -105,7 +105,8 @@ def steps_of(options: Options) -> list[Step]:
         Step("networks", (*check, "networks", *real), 180),
         Step("daemon", (*check, "daemon", *kept), 150, engines=True),
         Step("proofs", tool("proofs.py", "--engines", engines, *recorded, *seed, *proved), 150, engines=True),
-        Step("linears", tool("linear_checks.py", "--bench"), 120),
+        Step("linears", tool("linear_bench.py"), 120),
+        Step("linear_sweep", tool("linear_sweep.py"), 120),
         Step(
             "orin_shape",
             tool("orin_shape.py", *figures, "--engine", str(options.engines / model)),

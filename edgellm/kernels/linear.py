@@ -165,6 +165,17 @@ def tuned(shape: PackedShape, *, rows: int, device: Device) -> Tuning:
     Raises:
         BuildError: in no way do two panels for each warp and x fit into the device's shared memory.
     """
+    cuts = candidates(shape, rows=rows, device=device)
+    if not cuts:
+        raise BuildError(
+            f"a linear of {shape.k} columns needs more than the {device.shared_per_block} bytes of shared "
+            "memory that a block has on this device"
+        )
+    return cuts[0]
+
+
+def candidates(shape: PackedShape, *, rows: int, device: Device) -> list[Tuning]:
+    """All cuts that fit, the one that is expected to be the fastest first."""
     ways = (
         _Way(slabs, join, warps, warps_k, abreast, held)
         for slabs, join in _partings(shape, device)
@@ -173,12 +184,7 @@ def tuned(shape: PackedShape, *, rows: int, device: Device) -> Tuning:
         for held in (True, False)
     )
     cuts = [cut for way in ways if (cut := _fitted(shape, rows, device, way))]
-    if not cuts:
-        raise BuildError(
-            f"a linear of {shape.k} columns needs more than the {device.shared_per_block} bytes of shared "
-            "memory that a block has on this device"
-        )
-    return min(cuts, key=lambda cut: _cost(shape, rows, device, cut))
+    return sorted(cuts, key=lambda cut: _cost(shape, rows, device, cut))
 
 
 @dataclass(frozen=True, slots=True)

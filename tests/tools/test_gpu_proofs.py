@@ -12,7 +12,7 @@ from emulator.driver import ORIN, EmulatedDriver
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "gpu"))
 
 import proofs
-from random_engines import EXACT, exact_engine
+from random_engines import LARGEST_FLOAT32, REFERENCE, reference_engine
 
 from edgellm.cli import main
 from edgellm.cuda import driver
@@ -25,11 +25,11 @@ def test_a_recorded_reference_stands_in_for_its_engine(
     monkeypatch.setattr(driver, "load_driver", lambda: EmulatedDriver(ORIN))
     monkeypatch.setattr(cuda_kernels, "Compiler", EmulatedCompiler)
     monkeypatch.setattr("random_engines.SEQ_LEN", 48)
-    monkeypatch.setattr("random_engines.EXACT_SEQ_LEN", 48)
-    exact = exact_engine(tmp_path / "elsewhere", "tiny-qwen3")
+    monkeypatch.setattr("random_engines.REFERENCE_SEQ_LEN", 48)
+    reference = reference_engine(tmp_path / "elsewhere", "tiny-qwen3")
     recorded = tmp_path / "references"
     recorded.mkdir()
-    record = ["doctor", "--record", str(recorded / "tiny-qwen3.npz"), "--reference", str(exact.path)]
+    record = ["doctor", "--record", str(recorded / "tiny-qwen3.npz"), "--reference", str(reference.path)]
     assert main([*record, "--length", "10"]) == 0
     engines = tmp_path / "engines"
     capsys.readouterr()
@@ -42,6 +42,14 @@ def test_a_recorded_reference_stands_in_for_its_engine(
     assert "no-such-model" in err
     assert sorted(path.name for path in engines.iterdir()) == [
         "tiny-llama",
-        f"tiny-llama{EXACT}",
+        f"tiny-llama{REFERENCE}",
         "tiny-qwen3",
     ]
+
+
+@pytest.mark.parametrize(("least", "compute"), [(0, "int8"), (LARGEST_FLOAT32, "fp32")])
+def test_a_reference_is_float32_unless_it_were_too_large(
+    least: int, compute: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("random_engines.LARGEST_FLOAT32", least)
+    assert reference_engine(tmp_path / "reference", "tiny-llama").compute == compute

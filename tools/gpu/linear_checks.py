@@ -1,6 +1,6 @@
-"""Linears on a device: every kind against float64, and how fast they are beside what memory can give.
+"""Linears on a device: every kind, in every way to cut it, against float64.
 
-python tools/gpu/linear_checks.py [--bench]
+python tools/gpu/linear_checks.py
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any, Final
 
 import norms
 import numpy as np
+from linear_bench import AHEAD, NORM
 from numpy.typing import NDArray
 from runner import Runner, poisoned
 
-from edgellm.cuda.launch import At, Device, Launch
+from edgellm.cuda.launch import At, Launch
 from edgellm.kernels.gemm import TILES, Tile, prefill_linear, prefill_workspace
 from edgellm.kernels.gemm import shared_bytes as gemm_shared_bytes
 from edgellm.kernels.linear import (
@@ -31,15 +32,12 @@ from edgellm.kernels.linear import (
     shared_bytes,
     tuned,
 )
-from edgellm.kernels.norm import Norm, NormAhead
 from edgellm.kernels.packing import ROW_BLOCK, PackedShape, Zero, pack, pack_bias, packed_shape
 from edgellm.model.weights import Dense, Grouped, Groups, Weight
 
 TOLERANCE: Final = 1.5e-3
 """Relative to the norm of the result: x rounds to float16 once, sums are float32."""
-EPSILON: Final = 1e-6
-NORM: Final = Norm(EPSILON, At("squares_in"), At("scales"), At("next_scales"))
-AHEAD: Final = NormAhead(At("next_gain"), At("scales"), At("scaled"), At("squares"))
+EPSILON: Final = NORM.epsilon
 
 Array = NDArray[Any]
 
@@ -386,189 +384,12 @@ def _launches(runner: Runner, case: Case, matrix: Matrix, rows: int, cut: Tuning
     )
 
 
-QWEN3_8B: Final = {
-    "qkv": ((6144, 4096), "store", True),
-    "o": ((4096, 4096), "residual", False),
-    "gate-up": ((24576, 4096), "swiglu", True),
-    "down": ((4096, 12288), "residual", False),
-    "head": ((151936, 4096), "logits", True),
-}
-"""Its linears: (n, k), epilogue, whether a norm is in front."""
-ROTATED_BYTES: Final = 200 << 20
-"""Of different weights in one measurement: more than any L2 holds."""
-
-
-class LinearBench:
-    """Linears of one model's shapes over random weights."""
-
-    def __init__(self, runner: Runner, zero: Zero = "offset", group: int = 128) -> None:
-        self.runner = runner
-        self.shapes = {
-            name: PackedShape(n, k, 4, group, zero, epilogue == "swiglu")
-            for name, ((n, k), epilogue, _) in QWEN3_8B.items()
-        }
-        widest = 16 * 151936 * 4
-        for name in ("x", "out", "squares_in", "scales", "next_scales", "next_gain", "scaled", "squares"):
-            runner.allocate(name, widest if name == "out" else 16 * 12288 * 4)
-            self._zeros(name, widest if name == "out" else 16 * 12288 * 4)
-        runner.allocate("workspace", 64 << 20)
-        self._zeros("workspace", 64 << 20)
-        self.copies: dict[str, int] = {}
-
-    def _zeros(self, name: str, size: int) -> None:
-        self.runner.driver.call("cuMemsetD8", self.runner.address(At(name)), 0, size)
-
-    def fill(self, name: str, copies: int | None = None) -> int:
-        """Weights of a linear, several different ones; how many."""
-        shape = self.shapes[name]
-        count = copies or -(-ROTATED_BYTES // shape.nbytes)
-        self.copies[name] = count
-        base = self.runner.allocate(name, shape.nbytes * count)
-        rng = np.random.default_rng(1)
-        panels = min(shape.row_blocks * shape.panels, 8192)
-        block = rng.integers(0, 256, (panels, shape.panel_bytes), np.uint8)
-        block[:, shape.number_bytes :] = np.array([0x211F], "<u2").view(np.uint8)[0]
-        self.runner.driver.call("cuMemcpyHtoD", base, block.ctypes.data, block.nbytes)
-        done, total = block.nbytes, shape.nbytes * count
-        while done < total:
-            size = min(done, total - done)
-            self.runner.driver.call("cuMemcpyDtoD", base + done, base, size)
-            done += size
-        return count
-
-    def launches(self, name: str, rows: int, copy: int, cut: Tuning | None = None) -> list[Launch]:
-        """One linear of the model."""
-        shape = self.shapes[name]
-        _, epilogue, normed = QWEN3_8B[name]
-        return decode_linear(
-            shape,
-            rows=rows,
-            device=self.runner.device,
-            x=At("x"),
-            norm=NORM if normed else None,
-            weights=At(name, copy * shape.nbytes),
-            bias=None,
-            epilogue=epilogue,  # type: ignore[arg-type]
-            out=At("out"),
-            workspace=At("workspace"),
-            ahead=AHEAD if epilogue == "residual" else None,
-            tuning=cut,
-        )
-
-    def time(self, name: str, rows: int, cut: Tuning | None = None, *, early: bool = True) -> float:
-        """µs of one linear among others of its kind."""
-        count = self.copies[name]
-        launches = [launch for i in range(count) for launch in self.launches(name, rows, i, cut)]
-        return self.runner.time(launches, early=early) / count
-
-    def step(self, rows: int, *, early: bool = True) -> float:
-        """µs of all linears of a step, in their order, without what is between them."""
-        launches: list[Launch] = []
-        for layer in range(36):
-            for name in ("qkv", "o", "gate-up", "down"):
-                launches += self.launches(name, rows, layer % self.copies[name])
-        return self.runner.time(launches + self.launches("head", rows, 0), early=early)
-
-    def time_prompt(self, name: str, tokens: int) -> float:
-        """µs of one linear of a chunk that fills its bucket."""
-        shape, count = self.shapes[name], self.copies[name]
-        launches = [
-            launch
-            for copy in range(count)
-            for launch in prefill_linear(
-                shape,
-                tokens=tokens,
-                device=self.runner.device,
-                chunk=At("chunk"),
-                x=At("prompt"),
-                weights=At(name, copy * shape.nbytes),
-                bias=None,
-                epilogue=QWEN3_8B[name][1],  # type: ignore[arg-type]
-                out=At("result"),
-                workspace=At("workspace"),
-            )
-        ]
-        return self.runner.time(launches, repeats=5) / count
-
-
-ORINS: Final = {"AGX Orin": (16, 1.3, 204.8), "Orin NX": (8, 0.918, 102.4)}
-"""SMs, GHz, GB/s of its memory."""
-
-
-def bench(runner: Runner) -> Iterator[str]:
-    """Tables: µs and GB/s of Qwen3-8B's linears, a step's linears in a row, and linears on an Orin's SMs."""
-    memory = runner.memory_gb_per_s()
-    measured = LinearBench(runner)
-    for name in QWEN3_8B:
-        measured.fill(name)
-    yield f"4 bits in groups of 128 with offsets; memory {memory:.0f} GB/s"
-    yield "| linear | MB | " + " | ".join(f"{rows} rows µs | GB/s" for rows in (1, 8, 16)) + " |"
-    yield "|---|---|" + "---|---|" * 3
-    for name, shape in measured.shapes.items():
-        times = [measured.time(name, rows) for rows in (1, 8, 16)]
-        cells = " | ".join(f"{us:.1f} | {shape.nbytes / us / 1e3:.0f}" for us in times)
-        yield f"| {name} | {shape.nbytes / 1e6:.1f} | {cells} |"
-    step = 36 * sum(shape.nbytes for name, shape in measured.shapes.items() if name != "head")
-    step += measured.shapes["head"].nbytes
-    for rows in (1, 8, 16):
-        early, late = (measured.step(rows, early=early) for early in (True, False))
-        rate = step / early / 1e3
-        found = f"{early:.0f} µs, {rate:.0f} GB/s; without PDL {late:.0f} µs"
-        yield f"all linears of a step, {rows} rows: {found}"
-
-    clock = runner.driver.facts.clock_khz / 1e6
-    yield "| as | SMs | linear | rows | GB/s here | at its clock | × its memory |"
-    yield "|---|---|---|---|---|---|---|"
-    for orin, (blocks, orin_clock, bandwidth) in ORINS.items():
-        device = Device(87, blocks, 163 << 10)
-        for name in ("gate-up", "down"):
-            for rows in (1, 4, 8):
-                cut = tuned(measured.shapes[name], rows=rows, device=device)
-                rate = measured.shapes[name].nbytes / measured.time(name, rows, cut, early=False) / 1e3
-                scaled = rate * orin_clock / clock
-                yield (
-                    f"| {orin} | {blocks} | {name} | {rows} | {rate:.0f} | {scaled:.0f} "
-                    f"| {scaled / bandwidth:.2f} |"
-                )
-    runner.release()
-    yield from _bench_prefill(runner)
-
-
-def _bench_prefill(runner: Runner) -> Iterator[str]:
-    measured = LinearBench(runner)
-    runner.allocate("prompt", 2048 * 12288 * 2)
-    runner.allocate("result", 2048 * 24576 * 4)
-    runner.allocate("chunk", 16)
-    rng = np.random.default_rng(2)
-    runner.upload("prompt", rng.standard_normal(2048 * 12288, np.float32).astype(np.float16))
-    for name in QWEN3_8B:
-        if name != "head":
-            measured.fill(name, 4)
-    yield "| tokens | " + " | ".join(f"{name} µs | TFLOP/s" for name in measured.copies) + " | tok/s |"
-    yield "|---|" + "---|---|" * len(measured.copies) + "---|"
-    for tokens in (64, 128, 512, 2048):
-        runner.upload("chunk", np.array([0, 0, tokens, 0], np.int32))
-        times = [measured.time_prompt(name, tokens) for name in measured.copies]
-        rates = [
-            2 * measured.shapes[name].n * measured.shapes[name].k * tokens / us / 1e6
-            for name, us in zip(measured.copies, times, strict=True)
-        ]
-        cells = " | ".join(f"{us:.1f} | {rate:.0f}" for us, rate in zip(times, rates, strict=True))
-        yield f"| {tokens} | {cells} | {tokens / sum(times) / 36 * 1e6:.0f} |"
-    runner.release()
-
-
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=None)
-    parser.add_argument("--bench", action="store_true")
     options = parser.parse_args()
     runner = Runner()
-    if options.bench:
-        for line in bench(runner):
-            print(line, flush=True)
-        return 0
     seed = secrets.randbits(32) if options.seed is None else options.seed
     wrong = checks(runner, seed)
     for line in wrong:

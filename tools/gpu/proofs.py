@@ -1,4 +1,4 @@
-"""`edgellm doctor --prove`: CUDA engines beside the CPU executor in float32, both built if they are missing.
+"""`edgellm doctor --prove`: CUDA engines beside the CPU executor, both built if they are missing.
 
     python tools/gpu/proofs.py --engines DIR tiny-llama smollm2-135m M.gguf
 
@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from random_engines import EXACT, cuda_engine, exact_engine
+from random_engines import REFERENCE, cuda_engine, reference_engine
 
 from edgellm.cli import main as edgellm
 from edgellm.errors import EdgellmError
@@ -36,8 +36,8 @@ def prove(
     if references is not None and (recorded := references / f"{name}.npz").is_file():
         flags += ["--reference", str(recorded)]
     else:
-        exact = exact_engine(folder / f"{name}{EXACT}", source)
-        flags += ["--reference", str(exact.path), "--length", str(length)]
+        reference = reference_engine(folder / f"{name}{REFERENCE}", source)
+        flags += ["--reference", str(reference.path), "--length", str(length)]
         flags += [] if seed is None else ["--seed", str(seed)]
     return edgellm(["doctor", "--prove", *flags]) == 0
 
