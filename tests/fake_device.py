@@ -82,7 +82,7 @@ class FakeDevice(FakeDriver):
         _, sampling_at, logits_at, _, last_at, results_at = chosen
         last = _array(last_at, self._slots, np.int32)
         if re.search("embed_rows", first[0]):
-            rows = _array(first[2][0], first[1].gridDimY, ROW)
+            rows = _array(first[2][0], first[1].gridDimX, ROW)
             for number, row in enumerate(rows):
                 if row["slot"] >= 0:
                     token = int(row["token"])

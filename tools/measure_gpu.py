@@ -67,6 +67,7 @@ class Options:
         checkpoint: a real model, or None.
         large: whether the large shape is measured, too.
         seed: of everything that is random, or None.
+        references: directory of what `edgellm doctor --record` wrote of models, or None.
     """
 
     output: Path
@@ -74,6 +75,7 @@ class Options:
     checkpoint: Path | None = None
     large: bool = True
     seed: int | None = None
+    references: Path | None = None
 
     @property
     def figures(self) -> Path:
@@ -89,6 +91,7 @@ def steps_of(options: Options) -> list[Step]:
     model = LARGE if options.large else MODELS[1]
     real = () if options.checkpoint is None else ("--checkpoint", str(options.checkpoint))
     proved = [*TINY, str(options.checkpoint) if options.checkpoint else MODELS[1]]
+    recorded = () if options.references is None else ("--references", str(options.references))
     check = (str(TOOLS / "gpu_check.py"), *figures, *seed, "--parts")
     kept = ("--engines", engines, "--models", models)
 
@@ -101,8 +104,9 @@ def steps_of(options: Options) -> list[Step]:
         Step("benchmark", (*check, "benchmark", *kept, "--profile", "1,8,16,t512"), 240, engines=True),
         Step("networks", (*check, "networks", *real), 180),
         Step("daemon", (*check, "daemon", *kept), 150, engines=True),
-        Step("proofs", tool("proofs.py", "--engines", engines, *seed, *proved), 150, engines=True),
-        Step("linears", tool("linear_checks.py", "--bench"), 120),
+        Step("proofs", tool("proofs.py", "--engines", engines, *recorded, *seed, *proved), 150, engines=True),
+        Step("linears", tool("linear_bench.py"), 120),
+        Step("linear_sweep", tool("linear_sweep.py"), 120),
         Step(
             "orin_shape",
             tool("orin_shape.py", *figures, "--engine", str(options.engines / model)),
@@ -121,7 +125,7 @@ def steps_of(options: Options) -> list[Step]:
         Step("sanitizer", (*check, "sanitizer", "--sanitizer-limit", "60"), 600),
     ]
     if options.large:
-        proof = ("--engines", engines, "--length", "16", *seed, LARGE)
+        proof = ("--engines", engines, *recorded, "--length", "16", *seed, LARGE)
         found.insert(9, Step("proof_large", tool("proofs.py", *proof), 240, engines=True))
     return found
 
@@ -270,6 +274,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where results go")
     parser.add_argument("--engines", type=Path, metavar="DIR", help="of engines (default: in the output)")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="a real model to compare, too")
+    parser.add_argument(
+        "--references", type=Path, metavar="DIR", help="what `edgellm doctor --record` wrote, as NAME.npz"
+    )
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="what is not installed, as wheels")
     parser.add_argument("--steps", metavar="STEP,…", help="not all of them, in this order")
     parser.add_argument("--small", action="store_true", help="without the 8B shape: for a board of 8 GB")
@@ -280,7 +287,8 @@ def main() -> int:
     output = args.output.resolve()
     engines = (args.engines or output / "engines").resolve()
     checkpoint = args.checkpoint and args.checkpoint.resolve()
-    options = Options(output, engines, checkpoint, large=not args.small, seed=args.seed)
+    references = args.references and args.references.resolve()
+    options = Options(output, engines, checkpoint, not args.small, args.seed, references)
     steps = steps_of(options)
     if args.steps is not None:
         known = {step.name: step for step in steps}

@@ -13,7 +13,7 @@ the last; programs never run at the same time, so they share one piece of memory
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from typing import Final, Literal
 
 from edgellm.cuda.launch import At, Device, Launch
 from edgellm.executor.buckets import HISTORY, MOST_ROWS, decode_buckets, prefill_buckets
@@ -30,15 +30,23 @@ from edgellm.kernels.attention_shape import SEQUENCE_MULTIPLE, AttentionShape, C
 from edgellm.kernels.elementwise import embed_chunk, embed_rows, last_row, rms_norm
 from edgellm.kernels.gemm import prefill_linear, prefill_workspace
 from edgellm.kernels.linear import Epilogue, decode_linear, decode_workspace
-from edgellm.kernels.linear import Norm as FusedNorm
 from edgellm.kernels.moe import chunk_mixture, mixture_workspace, router_workspace, row_mixture
 from edgellm.kernels.moe_shape import MixtureShape, MixtureWeights, Tokens
+from edgellm.kernels.norm import Norm as FusedNorm
+from edgellm.kernels.norm import NormAhead
 from edgellm.kernels.rows import CHUNK, ROW
 from edgellm.kernels.sample import SAMPLED, SAMPLING, sample, sample_workspace
 from edgellm.memory.arena import Buffer, aligned
 from edgellm.memory.plan import Shape
 from edgellm.model.network import Layer, Linear, Mixture, Network, Norm
 from edgellm.model.spec import ModelSpec
+
+# What passes from the writers of the residual to the linears behind norms (kernels/norm.py). Scales
+# alternate: those that a layer's attention norm leaves are for its MLP's, that one's for the next layer's.
+_SCALED: Final = At("scaled")
+_SQUARES: Final = At("squares")
+_AFTER_ATTENTION_NORM: Final = At("scales.attention")
+_AFTER_MLP_NORM: Final = At("scales.mlp")
 
 ChunkEpilogue = Literal["store", "residual", "swiglu"]
 
@@ -150,7 +158,9 @@ class Lowering:
         return {
             "residual": rows * spec.hidden_size * 4,
             "normed": rows * spec.hidden_size * 2,
-            "squares": rows * (spec.hidden_size // 16) * 4,
+            "scaled": min(rows, MOST_ROWS) * spec.hidden_size * 2,
+            "squares": min(rows, MOST_ROWS) * (spec.hidden_size // 16) * 4,
+            "scales": min(rows, MOST_ROWS) * 4,
             "qkv": rows * attention.qkv_width * 2,
             "attended": rows * heads * 2,
             "inner": rows * inner * 2,
@@ -162,7 +172,7 @@ class Lowering:
 
     def _decode(self, rows: int) -> Iterator[Launch]:
         network, table = self._network, self._network.embedding
-        residual, squares = At("residual"), At("squares")
+        residual = At("residual")
         yield from embed_rows(
             table.table,
             rows=rows,
@@ -172,13 +182,13 @@ class Lowering:
             scales=self._optional(table.scales),
             offsets=self._optional(table.offsets),
             out=residual,
-            squares=squares,
+            epsilon=self._spec.norm_epsilon,
+            ahead=self._ahead(self._norm_behind(-1), _AFTER_MLP_NORM),
         )
         for index, layer in enumerate(network.layers):
             qkv, attended = At(f"qkv.{index}"), At(f"attended.{index}")
-            yield from self._row_linear(
-                layer.qkv, rows, residual, qkv, norm=layer.attention_norm, epilogue="store"
-            )
+            norm = self._found(layer.attention_norm, _AFTER_MLP_NORM, _AFTER_ATTENTION_NORM)
+            yield from self._row_linear(layer.qkv, rows, _SCALED, qkv, norm=norm, epilogue="store")
             attention = self._attention[index]
             size = attention_workspace(attention, rows=rows, device=self._device)
             self._attention_workspace = max(self._attention_workspace, size)
@@ -195,7 +205,7 @@ class Lowering:
                 workspace=At("attention_workspace"),
             )
             yield from self._after_attention(index, rows, attended, residual, At("rows"))
-        yield from self._end(rows, residual, At("rows"))
+        yield from self._end(rows, At("rows"))
 
     def _prefill(self, tokens: int) -> Iterator[Launch]:
         network, table = self._network, self._network.embedding
@@ -248,21 +258,24 @@ class Lowering:
             chunk=chunk,
             x=residual,
             h=At(f"attended.{index}"),
+            epsilon=self._spec.norm_epsilon,
             x_out=At("last_residual"),
             h_out=At("last_attended"),
+            scales=_AFTER_ATTENTION_NORM,
         )
         yield from self._after_attention(index, 1, At("last_attended"), At("last_residual"), chunk)
-        yield from self._end(1, At("last_residual"), chunk)
+        yield from self._end(1, chunk)
 
     def _after_attention(
         self, index: int, rows: int, attended: At, residual: At, rows_at: At
     ) -> Iterator[Launch]:
         """The output projection and the MLP, of decode rows."""
         layer, inner = self._network.layers[index], At(f"inner.{index}")
-        yield from self._row_linear(layer.output, rows, attended, residual, epilogue="residual")
+        behind = self._ahead(self._norm_behind(index), _AFTER_MLP_NORM)
         if isinstance(layer.mlp, Mixture):
+            yield from self._row_linear(layer.output, rows, attended, residual, epilogue="residual")
             normed = At(f"normed.{index}.mlp")
-            yield from self._norm(layer.mlp_norm, rows, residual, normed, None)
+            yield from self._norm(layer.mlp_norm, rows, residual, normed, None, scales=_AFTER_MLP_NORM)
             shape = _mixture_shape(layer.mlp)
             size = router_workspace(shape, rows, self._device, chunk=False)
             self._linear_workspace = max(self._linear_workspace, size)
@@ -273,15 +286,16 @@ class Lowering:
                 x=normed,
                 weights=self._mixture_weights(layer.mlp),
                 residual=residual,
-                squares=At("squares"),
+                ahead=behind,
                 workspace=At(f"mixture.{index}"),
                 linear_workspace=At("linear_workspace") if size else None,
             )
             return
-        yield from self._row_linear(
-            layer.mlp.gate_up, rows, residual, inner, norm=layer.mlp_norm, epilogue="swiglu"
-        )
-        yield from self._row_linear(layer.mlp.down, rows, inner, residual, epilogue="residual")
+        ahead = self._ahead(layer.mlp_norm, _AFTER_ATTENTION_NORM)
+        yield from self._row_linear(layer.output, rows, attended, residual, epilogue="residual", ahead=ahead)
+        norm = self._found(layer.mlp_norm, _AFTER_ATTENTION_NORM, _AFTER_MLP_NORM)
+        yield from self._row_linear(layer.mlp.gate_up, rows, _SCALED, inner, norm=norm, epilogue="swiglu")
+        yield from self._row_linear(layer.mlp.down, rows, inner, residual, epilogue="residual", ahead=behind)
 
     def _chunk_mlp(self, index: int, tokens: int, residual: At) -> Iterator[Launch]:
         """The MLP of a chunk."""
@@ -315,12 +329,11 @@ class Lowering:
         # After the last attention a chunk is one row.
         return max(mixture_workspace(shape, count, self._device) for count in (1, rows))
 
-    def _end(self, rows: int, residual: At, rows_at: At) -> Iterator[Launch]:
+    def _end(self, rows: int, rows_at: At) -> Iterator[Launch]:
         """The head, and a token of its logits."""
         network = self._network
-        yield from self._row_linear(
-            network.head, rows, residual, At("logits"), norm=network.norm, epilogue="logits"
-        )
+        norm = self._found(network.norm, _AFTER_MLP_NORM, None)
+        yield from self._row_linear(network.head, rows, _SCALED, At("logits"), norm=norm, epilogue="logits")
         yield from adjust(
             self.adjustments,
             rows=rows,
@@ -341,10 +354,30 @@ class Lowering:
             workspace=At("sample_workspace"),
         )
 
+    def _norm_behind(self, index: int) -> Norm:
+        """The norm behind a layer; of -1, behind the embedding."""
+        layers = self._network.layers
+        return self._network.norm if index + 1 == len(layers) else layers[index + 1].attention_norm
+
+    def _ahead(self, norm: Norm, scales: At) -> NormAhead:
+        """What a writer of the residual leaves for a norm."""
+        return NormAhead(self._tensor(norm.gain), scales, _SCALED, _SQUARES)
+
+    def _found(self, norm: Norm, scales: At, next_scales: At | None) -> FusedNorm:
+        """The same as the linear behind the norm finds it."""
+        return FusedNorm(norm.epsilon, _SQUARES, scales, next_scales)
+
     def _row_linear(
-        self, linear: Linear, rows: int, x: At, out: At, *, norm: Norm | None = None, epilogue: Epilogue
+        self,
+        linear: Linear,
+        rows: int,
+        x: At,
+        out: At,
+        *,
+        epilogue: Epilogue,
+        norm: FusedNorm | None = None,
+        ahead: NormAhead | None = None,
     ) -> Iterator[Launch]:
-        squares = At("squares")
         size = decode_workspace(linear.shape, rows, self._device)
         self._linear_workspace = max(self._linear_workspace, size)
         yield from decode_linear(
@@ -352,13 +385,13 @@ class Lowering:
             rows=rows,
             device=self._device,
             x=x,
-            norm=None if norm is None else FusedNorm(self._tensor(norm.gain), norm.epsilon, squares),
+            norm=norm,
             weights=self._tensor(linear.weights),
             bias=self._optional(linear.bias),
             epilogue=epilogue,
             out=out,
             workspace=At("linear_workspace") if size else None,
-            squares=squares if epilogue == "residual" else None,
+            ahead=ahead,
         )
 
     def _chunk_linear(
@@ -379,7 +412,9 @@ class Lowering:
             workspace=At("prefill_workspace") if size else None,
         )
 
-    def _norm(self, norm: Norm, rows: int, x: At, out: At, chunk: At | None) -> Iterator[Launch]:
+    def _norm(
+        self, norm: Norm, rows: int, x: At, out: At, chunk: At | None, *, scales: At | None = None
+    ) -> Iterator[Launch]:
         yield from rms_norm(
             self._spec.hidden_size,
             rows=rows,
@@ -388,6 +423,7 @@ class Lowering:
             epsilon=norm.epsilon,
             out=out,
             chunk=chunk,
+            scales=scales,
         )
 
     def _head_norms(self, layer: Layer) -> HeadNorms:

@@ -1,5 +1,5 @@
 // The small kernels between products: embedding, RMSNorm, the last row of a chunk, a permutation of columns.
-#include "common.cuh"
+#include "norm.cuh"
 #include "rows.cuh"
 
 enum TableKind { FLOAT32, FLOAT16, BFLOAT16, INT8, INT4 };
@@ -35,25 +35,45 @@ DEVICE float4 four_of(const u8* __restrict__ table, const u16* __restrict__ scal
   }
 }
 
-// Residual rows float32 [rows, HIDDEN] of a decode step's tokens, and the sums of squares of 16 neighbours that a
-// linear's norm wants, float32 [rows, HIDDEN / 16]. Grid: (HIDDEN / 4 / threads, rows).
-template <int KIND, int HIDDEN, int GROUP, bool OFFSETS>
-__global__ void embed_rows(const Row* __restrict__ rows, const int* last_token, const u8* table, const u16* scales,
-                           const u16* offsets, float* out, float* squares) {
+// Residual rows float32 [rows, HIDDEN] of a decode step's tokens, and what the norm behind finds (norm.cuh): each
+// row's scale is of its own rms. A block for each row.
+template <int KIND, int HIDDEN, int GROUP, bool OFFSETS, int THREADS>
+__global__ void __launch_bounds__(THREADS)
+    embed_rows(const Row* __restrict__ rows, const int* last_token, const u8* table, const u16* scales,
+               const u16* offsets, float epsilon, float* out, const float* __restrict__ gain, float* norm_scales,
+               u16* scaled, float* squares) {
+  constexpr int FOURS = HIDDEN / 4, EACH = (FOURS + THREADS - 1) / THREADS;
   launch_dependents();
-  Row row = rows[blockIdx.y];
-  int i = 4 * (blockIdx.x * blockDim.x + threadIdx.x);
+  const Row row = rows[blockIdx.x];
   wait_for_previous();
-  if (row.slot < 0 || i >= HIDDEN) return;
-  int token = row.token < 0 ? load_l2(last_token + row.slot) : row.token;
-  float4 v = four_of<KIND, GROUP, OFFSETS>(table, scales, offsets, u64(token) * HIDDEN + i);
-  *(float4*)(out + u64(blockIdx.y) * HIDDEN + i) = v;
-  // Four neighbouring lanes have 16 columns, and leave or stay together.
-  u32 four = 0xfu << (threadIdx.x & 28);
-  float sum = v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-  sum += __shfl_xor_sync(four, sum, 1);
-  sum += __shfl_xor_sync(four, sum, 2);
-  if (threadIdx.x % 4 == 0) squares[u64(blockIdx.y) * (HIDDEN / 16) + i / 16] = sum;
+  if (row.slot < 0) return;
+  const int token = row.token < 0 ? load_l2(last_token + row.slot) : row.token;
+  float4 v[EACH];
+  float sum = 0.f;
+#pragma unroll
+  for (int e = 0; e < EACH; e++) {
+    const int i = e * THREADS + threadIdx.x;
+    v[e] = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (i < FOURS) v[e] = four_of<KIND, GROUP, OFFSETS>(table, scales, offsets, u64(token) * HIDDEN + 4 * i);
+  }
+#pragma unroll
+  for (int e = 0; e < EACH; e++) {
+    const int i = e * THREADS + threadIdx.x;
+    float square = v[e].x * v[e].x + v[e].y * v[e].y + v[e].z * v[e].z + v[e].w * v[e].w;
+    sum += square;
+    square += __shfl_xor_sync(FULL_WARP, square, 1);
+    square += __shfl_xor_sync(FULL_WARP, square, 2);
+    if (i < FOURS && i % 4 == 0) squares[u64(blockIdx.x) * (HIDDEN / SQUARES) + i / 4] = square;
+  }
+  const float scale = scale_of(rsqrtf(block_sum<THREADS>(sum) * (1.f / HIDDEN) + epsilon));
+  if (threadIdx.x == 0) norm_scales[blockIdx.x] = scale;
+#pragma unroll
+  for (int e = 0; e < EACH; e++) {
+    const int i = e * THREADS + threadIdx.x;
+    if (i >= FOURS) continue;
+    ((float4*)(out + u64(blockIdx.x) * HIDDEN))[i] = v[e];
+    ((uint2*)(scaled + u64(blockIdx.x) * HIDDEN))[i] = scaled_four(v[e], __ldg((const float4*)gain + i), scale);
+  }
 }
 
 // Residual rows float32 [bucket, HIDDEN] of a chunk's tokens. Grid: (HIDDEN / 4 / threads, bucket).
@@ -70,12 +90,12 @@ __global__ void embed_chunk(const Chunk* __restrict__ chunk, const int* __restri
 }
 
 // x · gain / sqrt(mean(x²) + epsilon) → float16 [rows, HIDDEN], a block for each row. With a chunk, rows past its
-// end are left alone.
+// end are left alone. `scales`: for what the norm behind finds (norm.cuh), or null.
 template <int HIDDEN, int THREADS>
 __global__ void __launch_bounds__(THREADS)
-    rms_norm(const Chunk* __restrict__ chunk, const float* x, const float* __restrict__ gain, float epsilon, u16* out) {
+    rms_norm(const Chunk* __restrict__ chunk, const float* x, const float* __restrict__ gain, float epsilon, u16* out,
+             float* scales) {
   constexpr int FOURS = HIDDEN / 4, EACH = (FOURS + THREADS - 1) / THREADS;
-  __shared__ float sums[THREADS / 32];
   launch_dependents();
   int count = chunk ? chunk->count : int(gridDim.x);
   float4 g[EACH], v[EACH];
@@ -94,13 +114,8 @@ __global__ void __launch_bounds__(THREADS)
     v[e] = i < FOURS ? load_l2(row + i) : make_float4(0.f, 0.f, 0.f, 0.f);
     sum += v[e].x * v[e].x + v[e].y * v[e].y + v[e].z * v[e].z + v[e].w * v[e].w;
   }
-  sum = warp_sum(sum);
-  if ((threadIdx.x & 31) == 0) sums[threadIdx.x >> 5] = sum;
-  __syncthreads();
-  sum = 0.f;
-#pragma unroll
-  for (int w = 0; w < THREADS / 32; w++) sum += sums[w];
-  float r = rsqrtf(sum * (1.f / HIDDEN) + epsilon);
+  const float r = rsqrtf(block_sum<THREADS>(sum) * (1.f / HIDDEN) + epsilon);
+  if (scales && threadIdx.x == 0) scales[blockIdx.x] = scale_of(r);
 #pragma unroll
   for (int e = 0; e < EACH; e++) {
     int i = e * THREADS + threadIdx.x;
@@ -111,16 +126,27 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
-// A chunk's last row of the residual (float32) and of attention's output (float16), each to row 0 of its own place.
-template <int HIDDEN, int WIDTH>
-__global__ void last_row(const Chunk* __restrict__ chunk, const float* x, const u16* h, float* x_out, u16* h_out) {
+// A chunk's last row of the residual (float32) and of attention's output (float16), each to row 0 of its own place, and
+// the scale for what the norm behind finds (norm.cuh). One block.
+template <int HIDDEN, int WIDTH, int THREADS>
+__global__ void __launch_bounds__(THREADS)
+    last_row(const Chunk* __restrict__ chunk, const float* x, const u16* h, float epsilon, float* x_out, u16* h_out,
+             float* scales) {
   launch_dependents();
-  int row = chunk->count - 1;
-  int i = blockIdx.x * blockDim.x + threadIdx.x;
+  const int row = chunk->count - 1;
   wait_for_previous();
   if (row < 0) return;
-  if (i < HIDDEN / 4) ((float4*)x_out)[i] = load_l2((const float4*)(x + u64(row) * HIDDEN) + i);
-  if (i < WIDTH / 8) ((uint4*)h_out)[i] = load_l2((const uint4*)(h + u64(row) * WIDTH) + i);
+  float sum = 0.f;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < HIDDEN / 4; i += THREADS) {
+    const float4 v = load_l2((const float4*)(x + u64(row) * HIDDEN) + i);
+    sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+    ((float4*)x_out)[i] = v;
+  }
+  for (int i = threadIdx.x; i < WIDTH / 8; i += THREADS)
+    ((uint4*)h_out)[i] = load_l2((const uint4*)(h + u64(row) * WIDTH) + i);
+  sum = block_sum<THREADS>(sum);
+  if (threadIdx.x == 0) *scales = scale_of(rsqrtf(sum * (1.f / HIDDEN) + epsilon));
 }
 
 // out[row, k] = x[row, order[k]], float16 [rows, K]: for weights whose groups are not of neighbouring columns.

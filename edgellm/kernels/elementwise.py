@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from edgellm.cuda.launch import At, Kernel, Launch
 from edgellm.errors import BuildError
+from edgellm.kernels.norm import NormAhead
 from edgellm.model.weights import Dense, Weight
 
 _SOURCE: Final = "elementwise.cu"
 _THREADS: Final = 128
-_NORM_THREADS: Final = 256
+_ROW_THREADS: Final = 256
 
 TableKind = Literal["f32", "f16", "bf16", "int8", "int4"]
 _CPP_KIND: Final[dict[TableKind, str]] = {
@@ -123,16 +124,17 @@ def embed_rows(
     scales: At | None,
     offsets: At | None,
     out: At,
-    squares: At,
+    epsilon: float,
+    ahead: NormAhead,
 ) -> list[Launch]:
     """A decode step's residual: out float32 [rows, hidden] of the rows' tokens, or those sampled last.
 
     Args:
-        squares: float32 [rows, hidden / 16], see `linear.Norm`.
+        epsilon: of the norm behind.
+        ahead: what it wants, scales among it.
     """
-    kernel = Kernel(_SOURCE, table.expression("embed_rows"), _THREADS)
-    grid = (_blocks(table.hidden // 4), rows, 1)
-    return [Launch(kernel, grid, (rows_at, last_token, elements, scales, offsets, out, squares))]
+    arguments = (rows_at, last_token, elements, scales, offsets, epsilon, out, *ahead.arguments)
+    return [Launch(_row_kernel(table.expression("embed_rows")), (rows, 1, 1), arguments)]
 
 
 def embed_chunk(
@@ -153,27 +155,53 @@ def embed_chunk(
 
 
 def rms_norm(
-    hidden: int, *, rows: int, x: At, gain: At, epsilon: float, out: At, chunk: At | None = None
+    hidden: int,
+    *,
+    rows: int,
+    x: At,
+    gain: At,
+    epsilon: float,
+    out: At,
+    chunk: At | None = None,
+    scales: At | None = None,
 ) -> list[Launch]:
     """out float16 [rows, hidden] = x · gain / sqrt(mean(x²) + epsilon); x and gain float32.
 
     Args:
         chunk: rows past its count stay as they are; None: all are computed.
+        scales: float32 [rows], written for the norm behind, see `NormAhead`; None: nobody needs them.
     """
-    kernel = Kernel(_SOURCE, f"rms_norm<{hidden}, {_NORM_THREADS}>", _NORM_THREADS)
-    return [Launch(kernel, (rows, 1, 1), (chunk, x, gain, epsilon, out))]
+    kernel = _row_kernel(f"rms_norm<{hidden}>")
+    return [Launch(kernel, (rows, 1, 1), (chunk, x, gain, epsilon, out, scales))]
 
 
-def last_row(hidden: int, width: int, *, chunk: At, x: At, h: At, x_out: At, h_out: At) -> list[Launch]:
-    """A chunk's last row of the residual x float32 [tokens, hidden] and of h float16 [tokens, width]."""
-    kernel = Kernel(_SOURCE, f"last_row<{hidden}, {width}>", _THREADS)
-    return [Launch(kernel, (_blocks(max(hidden // 4, width // 8)), 1, 1), (chunk, x, h, x_out, h_out))]
+def last_row(
+    hidden: int,
+    width: int,
+    *,
+    chunk: At,
+    x: At,
+    h: At,
+    epsilon: float,
+    x_out: At,
+    h_out: At,
+    scales: At,
+) -> list[Launch]:
+    """A chunk's last row of the residual x float32 [tokens, hidden] and of h float16 [tokens, width], and its
+    scale for the norm behind, see `NormAhead`."""
+    kernel = _row_kernel(f"last_row<{hidden}, {width}>")
+    return [Launch(kernel, (1, 1, 1), (chunk, x, h, epsilon, x_out, h_out, scales))]
 
 
 def permute_columns(k: int, *, rows: int, order: At, x: At, out: At) -> list[Launch]:
     """out[row, i] = x[row, order[i]], float16 [rows, k], order int32 [k]: see `Grouped.perm`."""
     kernel = Kernel(_SOURCE, f"permute_columns<{k}>", _THREADS)
     return [Launch(kernel, (_blocks(k), rows, 1), (order, x, out))]
+
+
+def _row_kernel(expression: str) -> Kernel:
+    """A kernel with a block for each row, whose threads are its last template argument."""
+    return Kernel(_SOURCE, f"{expression[:-1]}, {_ROW_THREADS}>", _ROW_THREADS)
 
 
 def _blocks(threads: int) -> int:

@@ -12,15 +12,15 @@ from typing import Final, Literal
 
 from edgellm.cuda.launch import Argument, At, Device, Kernel, Launch
 from edgellm.errors import BuildError
+from edgellm.kernels.norm import Norm, NormAhead
 from edgellm.kernels.packing import CHUNK, ROW_BLOCK, PackedShape, Zero
 
 Epilogue = Literal["store", "residual", "swiglu", "logits"]
 """`store`: float16 y; `residual`: added to float32; `swiglu`: float16 silu(gate) · up; `logits`: float32."""
 
-Join = Literal["whole", "last_block", "cluster", "shared_x"]
+Join = Literal["whole", "last_block", "cluster"]
 """Who adds what blocks with different columns found: nobody, if each has all columns; whichever block ends
-last, through the workspace; the blocks of a cluster, out of shared memory (compute capability 9). With
-`shared_x` the blocks of a cluster have all columns each, and part the work of loading x."""
+last, through the workspace; the blocks of a cluster, out of shared memory (compute capability 9)."""
 
 BUCKETS: Final = (1, 2, 4, 8, 16)
 """Rows that there are kernels for."""
@@ -34,37 +34,30 @@ ZERO_NAMES: Final[dict[Zero, str]] = {
     "zero_point": "ZERO_POINT",
     "offset": "OFFSET",
 }
-_WARPS: Final = (16, 8, 4)
 _LINE: Final = 20
 _SHARED_GOAL: Final = 190 << 10
-_SHARED_GOAL_EARLY: Final = 152 << 10
+_SHARED_GOAL_EARLY: Final = 176 << 10
 """Of a block; the second where the next kernel starts before this one has ended."""
 _RING_GOAL: Final = 53 << 10
 """Of weights under way in an SM, where there is room: latency × bandwidth, and what arrives meanwhile."""
 _EARLY_BYTES: Final = 105 << 10
-"""Of weights asked for before x, which waits behind them: one stage only where x is many rows of float32."""
+"""Of weights asked for before x, which waits behind them: one stage only where x is much itself."""
+_SMALL: Final = 64 << 10
+"""Of a block that has all its weights under way at once: so little leaves room for the next kernel's."""
 _X_GOAL: Final = 72 << 10
-"""Of x in a block: beyond it the columns are parted among blocks."""
+"""Of x in a block's shared memory: beyond it the columns are parted among blocks."""
 _STAGES_LEAST: Final = 2
 _STAGES_MOST: Final = 14
 _CLUSTER_MOST: Final = 8
 _GPC: Final = 16
 _SLABS_MOST: Final = 32
-
-
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """RMSNorm on the way into a linear, whose x is then the float32 residual [rows, K].
-
-    Attributes:
-        gain: float32 [K].
-        epsilon: added to the mean of squares.
-        squares: float32 [rows, K / 16], sums of squares of 16 neighbours, left by who wrote the residual.
-    """
-
-    gain: At
-    epsilon: float
-    squares: At
+_HELD_PANELS: Final = 4
+_HELD_REGISTERS: Final = 80
+"""Of x in a warp: its loop over panels is unrolled, and the compiler finds no room for more."""
+_REGISTERS: Final = 65_536
+"""Of an SM."""
+_REGISTERS_MOST: Final = 255
+"""Of a thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +73,9 @@ class Tuning:
         stages: panels of a warp's ring, each with its neighbours abreast.
         early: stages that are asked for before x is; the others follow behind it.
         abreast: neighbouring row blocks that a warp multiplies at a time, reading x once.
-        batch: rounds of row blocks whose sums over warps are added at a time.
-        sets: of buffers for these sums: with two, no warp waits for them to be read.
-        shared: blocks of a cluster that part the work of loading x, with `shared_x`; divides blocks and rows.
-        blocks_per_sm: that registers leave room for, of this linear and the next.
+        sets: of buffers for sums over warps: with two, no warp waits for them to be read.
+        held: whether a warp keeps its columns of x in registers; otherwise x lies in shared memory.
+        blocks_per_sm: that registers leave room for, of this linear and the next, which then starts at once.
     """
 
     blocks: int
@@ -94,10 +86,9 @@ class Tuning:
     stages: int
     early: int
     abreast: int
-    batch: int
     sets: int
+    held: bool
     blocks_per_sm: int
-    shared: int = 1
 
 
 def decode_linear(
@@ -112,38 +103,40 @@ def decode_linear(
     epilogue: Epilogue,
     out: At,
     workspace: At | None,
-    squares: At | None = None,
+    ahead: NormAhead | None = None,
     tuning: Tuning | None = None,
 ) -> list[Launch]:
     """y = x · wᵀ + bias for a bucket of rows, all of which are computed and stored.
 
     Args:
         rows: 1, 2, 4, 8 or 16.
-        x: float16 [rows, K], or with `norm` the float32 residual.
+        x: float16 [rows, K], or with `norm` what a `NormAhead` left.
         bias: float32 [16 · row_blocks], see `pack_bias`.
         out: float16 or float32 [rows, shape.outputs], see `Epilogue`.
         workspace: `decode_workspace` bytes, zeros before the first launch; linears that run one after the
             other can share it, other kernels cannot.
-        squares: float32 [rows, outputs / 16], what `Norm.squares` of the next linear wants, written by
-            `residual`; None: nobody does.
+        ahead: the norm behind a `residual`, which leaves what it wants; None: nobody does.
         tuning: how it is cut, instead of `tuned`.
     """
     if rows not in BUCKETS:
         raise ValueError(f"there are kernels for {BUCKETS} rows, not for {rows}")
     if (epilogue == "swiglu") != shape.swiglu:
         raise ValueError(f"epilogue {epilogue} does not suit weights with swiglu {shape.swiglu}")
-    cut = tuning or tuned(shape, rows=rows, device=device, normed=norm is not None)
+    if ahead and epilogue != "residual":
+        raise ValueError(f"epilogue {epilogue} leaves nothing for a norm")
+    cut = tuning or tuned(shape, rows=rows, device=device)
     if cut.join == "last_block" and workspace is None:
         raise ValueError("this linear needs a workspace")
     arguments: tuple[Argument, ...] = (
         weights,
         x,
-        norm.gain if norm else None,
         norm.squares if norm else None,
         float(norm.epsilon if norm else 0.0),
+        norm.scales if norm else None,
+        norm.next_scales if norm else None,
         bias,
         out,
-        squares,
+        *(ahead.arguments if ahead else (None,) * 4),
         workspace if cut.join == "last_block" else None,
         shape.row_blocks,
         shape.outputs,
@@ -152,48 +145,46 @@ def decode_linear(
         _SOURCE,
         _expression(shape, rows, epilogue, cut, normed=norm is not None),
         cut.warps * 32,
-        shared_bytes(shape, rows, cut, normed=norm is not None),
+        shared_bytes(shape, rows, cut),
     )
     return [Launch(kernel, (cut.blocks, cut.slabs, 1), arguments)]
 
 
 def decode_workspace(shape: PackedShape, rows: int, device: Device) -> int:
     """Bytes that this linear's launches need of a workspace; 0: none."""
-    cuts = [tuned(shape, rows=rows, device=device, normed=normed) for normed in (False, True)]
-    slabs = max((cut.slabs for cut in cuts if cut.join == "last_block"), default=0)
-    return COUNTERS_BYTES + slabs * shape.row_blocks * rows * ROW_BLOCK * 4 if slabs else 0
+    cut = tuned(shape, rows=rows, device=device)
+    if cut.join != "last_block":
+        return 0
+    return COUNTERS_BYTES + cut.slabs * shape.row_blocks * rows * ROW_BLOCK * 4
 
 
 @cache
-def tuned(shape: PackedShape, *, rows: int, device: Device, normed: bool) -> Tuning:
-    """The cut for a shape, a bucket and a device, with or without a norm in front.
+def tuned(shape: PackedShape, *, rows: int, device: Device) -> Tuning:
+    """The cut for a shape, a bucket and a device.
 
     Raises:
         BuildError: in no way do two panels for each warp and x fit into the device's shared memory.
     """
-    cuts = [
-        cut
-        for slabs, join, shared in _partings(shape, rows, device)
-        for warps in _WARPS
-        for warps_k in (16, 8, 4, 2, 1)
-        if warps_k <= warps
-        for abreast in _abreast(rows, device)
-        if (cut := _fitted(shape, rows, device, normed, _Way(slabs, join, shared, warps, warps_k, abreast)))
-    ]
+    cuts = candidates(shape, rows=rows, device=device)
     if not cuts:
         raise BuildError(
             f"a linear of {shape.k} columns needs more than the {device.shared_per_block} bytes of shared "
             "memory that a block has on this device"
         )
-    return min(cuts, key=lambda cut: _cost(shape, rows, device, cut, normed=normed))
+    return cuts[0]
 
 
-def _abreast(rows: int, device: Device) -> tuple[int, ...]:
-    """Row blocks abreast that are worth trying. With many rows and clusters, shared memory is better used for
-    stages."""
-    if rows <= 2:
-        return (1, 2, 3)
-    return (1,) if rows >= 8 and device.has_dependent_launch else (1, 2)
+def candidates(shape: PackedShape, *, rows: int, device: Device) -> list[Tuning]:
+    """All cuts that fit, the one that is expected to be the fastest first."""
+    ways = (
+        _Way(slabs, join, warps, warps_k, abreast, held)
+        for slabs, join in _partings(shape, device)
+        for warps, warps_k in _warps(-(-shape.panels // slabs))
+        for abreast in (1, 2, 3)
+        for held in (True, False)
+    )
+    cuts = [cut for way in ways if (cut := _fitted(shape, rows, device, way))]
+    return sorted(cuts, key=lambda cut: _cost(shape, rows, device, cut))
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,39 +193,42 @@ class _Way:
 
     slabs: int
     join: Join
-    shared: int
     warps: int
     warps_k: int
     abreast: int
+    held: bool
 
 
-def _partings(shape: PackedShape, rows: int, device: Device) -> list[tuple[int, Join, int]]:
-    """Numbers of slabs with who joins them, and of blocks that share x; no slab is empty."""
+def _partings(shape: PackedShape, device: Device) -> list[tuple[int, Join]]:
+    """Numbers of slabs with who joins them; no slab is empty."""
     most = min(shape.panels, _SLABS_MOST)
     slabs = sorted({-(-shape.panels // -(-shape.panels // count)) for count in range(1, most + 1)})
-    least = next((count for count in slabs if _x_bytes(shape, rows, count) <= _X_GOAL), slabs[-1])
-    clusters = device.has_dependent_launch
-    ways: list[tuple[int, Join, int]] = [(1, "whole", 1)]
-    if clusters:
-        ways += [(1, "shared_x", 2)] if rows >= 4 else []
-    for count in slabs[1:]:
-        if clusters and count <= _CLUSTER_MOST:
-            ways.append((count, "cluster", 1))
-        elif count >= least:
-            ways.append((count, "last_block", 1))
-    return ways
+    clusters = _CLUSTER_MOST if device.has_dependent_launch else 1
+    return [
+        (count, "whole" if count == 1 else "cluster" if count <= clusters else "last_block")
+        for count in slabs
+    ]
 
 
-def _fitted(shape: PackedShape, rows: int, device: Device, normed: bool, way: _Way) -> Tuning | None:
-    """With as many blocks as SMs, and as many stages as shared memory has room for; None: too few."""
-    size = way.slabs * way.shared
-    most = max(1, device.multiprocessors // size) * way.shared
-    if way.join in ("cluster", "shared_x") and size > 2:
+def _warps(slab_panels: int) -> list[tuple[int, int]]:
+    """Warps of a block, and how many of them part the columns: sixteen, eight or four; or as many as give
+    each the same number of panels."""
+    parted = [(warps, warps_k) for warps in (16, 8, 4) for warps_k in (16, 8, 4, 2, 1) if warps_k <= warps]
+    return parted + [(warps, warps) for warps in range(9, 16) if slab_panels % warps == 0]
+
+
+def _fitted(shape: PackedShape, rows: int, device: Device, way: _Way) -> Tuning | None:
+    """With as many blocks as SMs, and as many stages as shared memory has room for; None: too few, or too few
+    registers."""
+    most = max(1, device.multiprocessors // way.slabs)
+    if way.join == "cluster" and way.slabs > 2:
         # A cluster's blocks are on SMs of one GPC, most of which have 16 on an H100.
-        most = max(1, device.multiprocessors // _GPC * (_GPC // size)) * way.shared
+        most = max(1, device.multiprocessors // _GPC * (_GPC // way.slabs))
     side = way.warps // way.warps_k * way.abreast
-    blocks = min(most, -(-shape.row_blocks // (side * way.shared)) * way.shared)
+    blocks = min(most, -(-shape.row_blocks // side))
     rounds = -(-shape.row_blocks // (blocks * side))
+    slab_panels = -(-shape.panels // way.slabs)
+    units = rounds * -(-slab_panels // way.warps_k)
     cut = Tuning(
         blocks=blocks,
         slabs=way.slabs,
@@ -244,47 +238,89 @@ def _fitted(shape: PackedShape, rows: int, device: Device, normed: bool, way: _W
         stages=0,
         early=0,
         abreast=way.abreast,
-        batch=1,
         sets=2 if rounds > 1 and rows <= 8 else 1,
+        held=way.held,
         blocks_per_sm=1,
-        shared=way.shared,
     )
-    fixed = shared_bytes(shape, rows, cut, normed=normed)
+    fixed = shared_bytes(shape, rows, cut)
     unit = way.warps * way.abreast * shape.panel_bytes
     goal = _SHARED_GOAL_EARLY if device.has_dependent_launch else _SHARED_GOAL
     # A cluster's block has many columns of few row blocks: all that is left for its ring.
     least = 6 * unit if way.join == "cluster" else 0
     room = min(max(goal, fixed + _RING_GOAL, fixed + least), device.shared_per_block) - fixed
-    stages = min(room // unit, _STAGES_MOST)
+    stages = min(room // unit, _STAGES_MOST, max(_STAGES_LEAST, units + 1))
     if stages < _STAGES_LEAST:
         return None
-    early = 1 if normed and rows >= 4 else max(1, min(stages - 1, _EARLY_BYTES // unit))
-    return replace(cut, stages=stages, early=early)
+    small = stages > units and fixed + stages * unit <= _SMALL and device.has_dependent_launch
+    registers = _registers(shape, rows, cut)
+    if way.held:
+        if (
+            -(-slab_panels // way.warps_k) > _HELD_PANELS
+            or held_registers(shape, rows, cut) > _HELD_REGISTERS
+        ):
+            return None
+    elif way.join == "last_block" and _x_bytes(shape, rows, way.slabs) > _X_GOAL:
+        return None
+    for blocks_per_sm in (2, 1) if small else (1,):
+        if registers <= min(_REGISTERS_MOST, _REGISTERS // (way.warps * 32 * blocks_per_sm)):
+            return replace(
+                cut, stages=stages, early=_early(rows, cut, stages, unit, units), blocks_per_sm=blocks_per_sm
+            )
+    return None
 
 
-def _cost(shape: PackedShape, rows: int, device: Device, cut: Tuning, *, normed: bool) -> float:
-    """Time in panels that an SM multiplies: rounds with their sums over warps, x, and what a cluster's blocks
-    wait for each other. Its numbers come from an H100."""
+def _early(rows: int, cut: Tuning, stages: int, unit: int, units: int) -> int:
+    if units * unit <= _SMALL and stages > units:
+        return stages - 1
+    if rows >= 4 and not (cut.join == "cluster" and rows <= 8):
+        return 1
+    # What goes to shared memory arrives in order: behind x there must be something under way.
+    most = stages - 1 if cut.held else max(1, stages - 2)
+    return max(1, min(most, _EARLY_BYTES // unit // (1 if cut.held else 2)))
+
+
+def _registers(shape: PackedShape, rows: int, cut: Tuning) -> int:
+    """Of a thread, about: tests compile every kernel and see that nothing is spilled."""
+    # Without scales, or with many, more operands are under way at a time.
+    base = 44 if shape.bits < 16 and shape.group > 16 else 70
+    accumulators = (12 if rows > 8 else 6) * cut.abreast
+    held = 0
+    if cut.held:
+        slab_panels = -(-shape.panels // cut.slabs)
+        held = held_registers(shape, rows, cut) + 2 * -(-slab_panels // cut.warps_k)
+    return base + held + accumulators + (2 if cut.slabs > 1 else 0)
+
+
+def _cost(shape: PackedShape, rows: int, device: Device, cut: Tuning) -> float:
+    """Time in panels that an SM multiplies: rounds with their sums over warps, x, and what slabs wait for
+    each other. Its numbers come from an H100."""
     slab_panels = -(-shape.panels // cut.slabs)
-    side = cut.warps // cut.warps_k * cut.abreast
+    sides = cut.warps // cut.warps_k
+    side = sides * cut.abreast
     rounds = -(-shape.row_blocks // (cut.blocks * side))
+    clusters = device.has_dependent_launch
     # What a round takes is how long its warps are busy; few warps hide latencies badly.
     busy = -(-slab_panels // cut.warps_k) * cut.abreast * cut.warps * (1.0 if cut.warps > 8 else 1.3)
-    x = 0.6 * rows * slab_panels * shape.panel * (4 if normed else 2) / shape.panel_bytes / cut.shared
+    if not cut.held:
+        # Operands come through shared memory, which is busy with weights, too.
+        busy *= 1 + (0.1 if clusters else 0.4) * (2 if rows > 8 else 1) / cut.abreast
+    x_panels = rows * slab_panels * shape.panel * 2 / shape.panel_bytes
+    x = 0.6 * x_panels * (sides if cut.held else 1)
+    parts = rounds * side * rows * ROW_BLOCK * 4 * cut.slabs / shape.panel_bytes
     wait = {
         "whole": 0.0,
-        "shared_x": 12.0 + 4.0 * cut.shared,
         "cluster": 24.0 + 12.0 * cut.slabs,
-        "last_block": 96.0 + 8.0 * cut.slabs,
+        "last_block": 64.0 + 1.2 * parts,
     }[cut.join]
     waves = -(-cut.blocks * cut.slabs // device.multiprocessors)
     time = waves * (rounds * (busy + 8.0 / cut.abreast) + x + wait)
-    side_by_side = cut.warps // cut.warps_k
-    if not device.has_dependent_launch:
-        return time * (1 + 0.01 * side_by_side.bit_length())
+    if not clusters:
+        return time * (1 + 0.01 * sides.bit_length())
     # With many row blocks side by side blocks end at different times, and the next kernel waits for the last.
-    uneven = {1: 1.0, 2: 1.0, 4: 1.08}.get(side_by_side, 1.25)
-    return time * uneven * (1.0 if cut.stages > 2 or cut.abreast > 1 else 1.15)
+    uneven = {1: 1.0, 2: 1.0, 4: 1.08}.get(sides, 1.25)
+    # With two stages nothing is under way behind what is waited for, unless that is all.
+    shallow = cut.stages == 2 and rounds * -(-slab_panels // cut.warps_k) > 1
+    return time * uneven * (1 + 0.15 / cut.abreast**2 * shallow)
 
 
 def row_blocks_of(shape: PackedShape, cut: Tuning, block: int, warp: int) -> list[int]:
@@ -307,19 +343,28 @@ def panels_of(shape: PackedShape, cut: Tuning, slab: int, warp: int) -> range:
     return range(first + part * count // cut.warps_k, first + (part + 1) * count // cut.warps_k)
 
 
-def shared_bytes(shape: PackedShape, rows: int, cut: Tuning, *, normed: bool) -> int:
+def shared_bytes(shape: PackedShape, rows: int, cut: Tuning) -> int:
     """Dynamic shared memory of a block: `Layout` in linear.cu, and with a cluster the parts to be added."""
     slab = -(-shape.panels // cut.slabs) * shape.panel
-    size = cut.warps * cut.stages * cut.abreast * shape.panel_bytes + _x_bytes(shape, rows, cut.slabs)
-    if shape.bits < 16:
+    size = cut.warps * cut.stages * cut.abreast * shape.panel_bytes
+    if not cut.held:
+        size += _x_bytes(shape, rows, cut.slabs)
+    if shape.bits < 16 and (not cut.held or rows > 8):
         size += -(-(slab // shape.group * max(2, rows) * 4) // 16) * 16
-    if normed:
-        size += slab * 4
-    size += cut.sets * cut.batch * cut.warps * cut.abreast * rows * _LINE * 4
+    size += -(-rows * 4 // 16) * 16
+    size += cut.sets * cut.warps * cut.abreast * rows * _LINE * 4
     if cut.join == "cluster":
         side = cut.warps // cut.warps_k * cut.abreast
         size += -(-shape.row_blocks // (cut.blocks * side)) * side * rows * ROW_BLOCK * 4
     return size
+
+
+def held_registers(shape: PackedShape, rows: int, cut: Tuning) -> int:
+    """Of a thread, for the columns of x that its warp would hold, and of up to eight rows their sums."""
+    slab_panels = -(-shape.panels // cut.slabs)
+    groups = shape.panel // shape.group if shape.bits < 16 else 0
+    panel = shape.panel // 4 if rows > 8 else shape.panel // 8 + 2 * groups
+    return -(-slab_panels // cut.warps_k) * panel
 
 
 def _x_bytes(shape: PackedShape, rows: int, slabs: int) -> int:
@@ -328,11 +373,8 @@ def _x_bytes(shape: PackedShape, rows: int, slabs: int) -> int:
 
 def _expression(shape: PackedShape, rows: int, epilogue: Epilogue, cut: Tuning, *, normed: bool) -> str:
     weights = f"{shape.bits}, {shape.group}, {ZERO_NAMES[shape.zero]}, {shape.k}, {cut.slabs}"
-    rest = f"{rows}, {epilogue.upper()}, {str(normed).lower()}, {cut.warps}, {cut.warps_k}"
-    rest += f", {cut.stages}, {cut.early}, {cut.abreast}, {cut.batch}, {cut.sets}, {cut.blocks_per_sm}"
+    rest = f"{rows}, {epilogue.upper()}, {str(normed).lower()}, {cut.warps}, {cut.warps_k}, {cut.stages}"
+    rest += f", {cut.early}, {cut.abreast}, {cut.sets}, {str(cut.held).lower()}, {cut.blocks_per_sm}"
     if cut.join == "cluster":
         return f"cluster_linear<{weights}, {rest}>"
-    if cut.join == "shared_x":
-        weights = f"{shape.bits}, {shape.group}, {ZERO_NAMES[shape.zero]}, {shape.k}, {cut.shared}"
-        return f"sharing_linear<{weights}, {rest}>"
     return f"linear<{weights}, {cut.join.upper()}, {rest}>"

@@ -10,6 +10,7 @@
 // same from run to run. Grids do not depend on who was chosen, so that one graph serves all steps.
 
 #include "groups.cuh"
+#include "norm.cuh"
 #include "packed.cuh"
 #include "rows.cuh"
 
@@ -340,7 +341,8 @@ __global__ void __launch_bounds__(WARPS * 32, MOST > 8 || WARPS > 8 ? 1 : 2)
 #pragma unroll 1
   for (int i = 0; i < STAGES - 1; i++) issue();
 
-  const u16* const x_lane = xs + (g & (MOST - 1)) * L::X_STRIDE + begin * P::COLUMNS;
+  using X = SharedX<BITS, GROUP, L::SUMS_STRIDE>;
+  const u16* const x_lane = xs + (g & (MOST - 1)) * L::X_STRIDE + begin * P::COLUMNS + X::column(t);
   const float* const sums_lane =
       sums + begin * P::GROUPS * L::SUMS_STRIDE + (2 * t & (L::SUMS_STRIDE < 8 ? L::SUMS_STRIDE - 1 : 7));
   const u8* panel = ring;
@@ -392,7 +394,7 @@ __global__ void __launch_bounds__(WARPS * 32, MOST > 8 || WARPS > 8 ? 1 : 2)
 #pragma unroll 1
         for (int i = 0; i < count; i++) {
           advance();
-          multiply_panel<BITS, GROUP, ZERO, ROWS, L::SUMS_STRIDE>(panel, lane, xp, 0, sp, acc);
+          multiply_panel<BITS, GROUP, ZERO, ROWS>(panel, lane, X{xp, 0, sp}, acc);
           consumed();
         }
         if (join(acc)) finish(row_block, its.begin, its.count, 0, acc[0]);
@@ -401,7 +403,7 @@ __global__ void __launch_bounds__(WARPS * 32, MOST > 8 || WARPS > 8 ? 1 : 2)
 #pragma unroll 1
         for (int i = 0; i < count; i++) {
           advance();
-          multiply_panel<BITS, GROUP, ZERO, 16, L::SUMS_STRIDE>(panel, lane, xp, 8 * L::X_STRIDE, sp, acc);
+          multiply_panel<BITS, GROUP, ZERO, 16>(panel, lane, X{xp, 8 * L::X_STRIDE, sp}, acc);
           consumed();
         }
         if (join(acc)) {
@@ -415,16 +417,19 @@ __global__ void __launch_bounds__(WARPS * 32, MOST > 8 || WARPS > 8 ? 1 : 2)
 
 // ---- combine
 
-// residual: float32 [rows, HIDDEN]; found: float32, or NARROW float16, [pairs, HIDDEN]; squares: of the new residual, float32
-// [rows, HIDDEN / 16], or null. Grid: (HIDDEN / 4 / threads, rows).
+// residual: float32 [rows, HIDDEN]; found: float32, or NARROW float16, [pairs, HIDDEN]; gain … squares: what the norm
+// behind finds (norm.cuh), or null. Grid: (HIDDEN / 4 / threads, rows).
 template <int HIDDEN, int TOP_K, bool NARROW>
 __global__ void combine(const Row* __restrict__ rows_at, const Chunk* __restrict__ chunk, int first,
                         const int* positions, const float* shares, const void* found, float* residual,
-                        float* squares) {
+                        const float* __restrict__ gain, const float* scales, u16* scaled, float* squares) {
   launch_dependents();
   const int row = blockIdx.y, i = blockIdx.x * blockDim.x + threadIdx.x;
   const bool there = i < HIDDEN / 4 && exists(rows_at, chunk, first, row);
+  float4 its_gain = make_float4(0.f, 0.f, 0.f, 0.f);
+  if (gain && there) its_gain = __ldg((const float4*)gain + i);
   wait_for_previous();
+  const float scale = gain && there ? load_l2(scales + row) : 0.f;
   float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
   if (there) {
 #pragma unroll
@@ -447,10 +452,11 @@ __global__ void combine(const Row* __restrict__ rows_at, const Chunk* __restrict
     sum.x += old.x, sum.y += old.y, sum.z += old.z, sum.w += old.w;
     *at = sum;
   }
-  if (squares) {
+  if (gain) {
+    if (there) ((uint2*)(scaled + (u64)row * HIDDEN))[i] = scaled_four(sum, its_gain, scale);
     float square = (sum.x * sum.x + sum.y * sum.y) + (sum.z * sum.z + sum.w * sum.w);
 #pragma unroll
     for (int o = 1; o < 4; o *= 2) square += __shfl_xor_sync(FULL_WARP, square, o);
-    if (there && i % 4 == 0) squares[(u64)row * (HIDDEN / 16) + i / 4] = square;
+    if (there && i % 4 == 0) squares[(u64)row * (HIDDEN / SQUARES) + i / 4] = square;
   }
 }

@@ -19,6 +19,7 @@ from edgellm.kernels.gemm import shared_bytes as tile_bytes
 from edgellm.kernels.linear import ZERO_NAMES, decode_linear, decode_workspace
 from edgellm.kernels.moe_cuts import Cuts, Tuning, groups_most, shared_bytes, tuned
 from edgellm.kernels.moe_shape import MixtureShape, MixtureWeights, Tokens
+from edgellm.kernels.norm import NormAhead
 from edgellm.kernels.packing import PackedShape
 
 PIECE: Final = 512
@@ -54,7 +55,7 @@ def row_mixture(
     x: At,
     weights: MixtureWeights,
     residual: At,
-    squares: At | None,
+    ahead: NormAhead | None,
     workspace: At,
     linear_workspace: At | None,
     cuts: Cuts | None = None,
@@ -64,7 +65,7 @@ def row_mixture(
     Args:
         x: float16 [rows, hidden], normalised.
         residual: float32 [rows, hidden].
-        squares: float32 [rows, hidden / 16], as the next linear's norm wants them.
+        ahead: the norm behind, which leaves what it wants; None: nobody does.
         workspace: `mixture_workspace` bytes, of any content.
         linear_workspace: `router_workspace` bytes, as `decode_linear` wants it.
         cuts: instead of `tuned`.
@@ -89,7 +90,7 @@ def row_mixture(
         x=x,
         weights=weights,
         residual=residual,
-        squares=squares,
+        ahead=ahead,
         workspace=workspace,
         cuts=cuts,
     )
@@ -135,7 +136,7 @@ def chunk_mixture(
             x=here,
             weights=weights,
             residual=there,
-            squares=None,
+            ahead=None,
             workspace=workspace,
             cuts=cuts,
         )
@@ -182,7 +183,7 @@ def _after_scores(
     x: At,
     weights: MixtureWeights,
     residual: At,
-    squares: At | None,
+    ahead: NormAhead | None,
     workspace: At,
     cuts: Cuts | None,
 ) -> Iterator[Launch]:
@@ -214,7 +215,7 @@ def _after_scores(
             workspace + places.shares,
             found,
             residual,
-            squares,
+            *(ahead.arguments if ahead else (None,) * 4),
         ),
     )
 

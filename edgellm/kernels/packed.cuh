@@ -111,49 +111,111 @@ template <int BITS, int ZERO> DEVICE void scale_operand(u32 (&a)[4], const u8* v
   }
 }
 
-// acc[r][16 × 8·TILES] += panel r · x for ABREAST panels of the same columns, `stride` bytes apart, where x is float16
-// in shared memory, ROWS rows of it: `x` points at the panels' first column in the lane's row g of the first tile,
-// `tile_stride` elements before that of the second. `sums` are Σx over the panels' groups: of column 2t of the first
-// tile, then 2t + 1; group by group SUMS_STRIDE apart, tiles 8 apart. Columns of the product beyond ROWS are anything.
-template <int BITS, int GROUP, int ZERO, int ROWS, int SUMS_STRIDE, int ABREAST>
-DEVICE void multiply_panels(const u8* panels, int stride, int lane, const u16* x, int tile_stride, const float* sums,
-                            float (&acc)[ABREAST][(ROWS + 7) / 8][4]) {
+// Operands B of a panel's products as lane 4g + t has them: x float16, ROWS rows in tiles of eight. `pair` is of mma
+// 2p and 2p + 1 of the panel, the first one's registers first; `sum` is Σx over a group, of columns 2t and 2t + 1.
+
+// x and sums in shared memory: `x` points at the lane's first column of the panel in row g of the first tile, `stride`
+// elements before that of the second; `sums` at those of column 2t of the first tile, group by group SUMS_STRIDE apart,
+// tiles 8 apart.
+template <int BITS, int GROUP, int SUMS_STRIDE> struct SharedX {
+  const u16* x;
+  int stride;
+  const float* sums;
+
+  // Columns from the panel's first to a lane's first.
+  DEVICE static int column(int t) { return BITS < 16 && GROUP == 16 ? 4 * t : 8 * t; }
+
+  DEVICE uint4 pair(int tile, int p) const {
+    const u16* const at = x + tile * stride + p * 32;
+    if constexpr (BITS < 16 && GROUP == 16) {
+      const uint2 low = *(const uint2*)at, high = *(const uint2*)(at + 16);
+      return make_uint4(low.x, low.y, high.x, high.y);
+    } else {
+      return *(const uint4*)at;
+    }
+  }
+  DEVICE float2 sum(int tile, int group) const { return *(const float2*)(sums + group * SUMS_STRIDE + tile * 8); }
+};
+
+// x in registers, loaded as it is found in global memory: `x` points at the panel's first column in the lane's row. Sums
+// of one tile are there, too; of two they would be too many and lie where SharedX has them.
+template <int BITS, int GROUP, int ROWS, int SUMS_STRIDE> struct HeldX {
+  using P = Panel<BITS, GROUP, NONE>;
+  static constexpr int TILES = (ROWS + 7) / 8;
+  uint4 pairs[TILES][P::MMAS / 2];
+  float2 held[P::GROUPS];
+  const float* shared;
+
+  DEVICE static uint4 load(const u16* x, int t, int p) {
+    if constexpr (BITS < 16 && GROUP == 16) {
+      const uint2 low = load_l2((const uint2*)(x + p * 32 + t * 4)), high = load_l2((const uint2*)(x + p * 32 + 16 + t * 4));
+      return make_uint4(low.x, low.y, high.x, high.y);
+    } else {
+      return load_l2((const uint4*)(x + p * 32 + t * 8));
+    }
+  }
+  DEVICE uint4 pair(int tile, int p) const { return pairs[tile][p]; }
+  DEVICE float2 sum(int tile, int group) const {
+    return TILES == 1 ? held[group] : *(const float2*)(shared + group * SUMS_STRIDE + tile * 8);
+  }
+};
+
+// Σx over a group of a panel, of columns 2t and 2t + 1 of a tile: the product with a matrix of ones, in at most MOST_CHAINS
+// chains of dependent mma.
+template <int BITS, int GROUP, int MOST_CHAINS, class X> DEVICE float2 sum_group(const X& x, int tile, int group) {
+  using P = Panel<BITS, GROUP, NONE>;
+  constexpr u32 ONES = 0x3c003c00u;
+  constexpr int CHAINS = P::MMAS_PER_GROUP < MOST_CHAINS ? P::MMAS_PER_GROUP : MOST_CHAINS;
+  float c[CHAINS][4] = {};
+#pragma unroll
+  for (int i = 0; i < P::MMAS_PER_GROUP; i++) {
+    const int number = group * P::MMAS_PER_GROUP + i;
+    const uint4 b = x.pair(tile, number / 2);
+    mma(c[i % CHAINS], ONES, ONES, ONES, ONES, number % 2 ? b.z : b.x, number % 2 ? b.w : b.y);
+  }
+  float2 sum = make_float2(c[0][0], c[0][1]);
+#pragma unroll
+  for (int i = 1; i < CHAINS; i++) sum.x += c[i][0], sum.y += c[i][1];
+  return sum;
+}
+
+// acc[r][16 × 8·TILES] += panel r · x for ABREAST panels of the same columns, `stride` bytes apart. Columns of the
+// product beyond ROWS are anything.
+template <int BITS, int GROUP, int ZERO, int ROWS, int ABREAST, class X>
+DEVICE void multiply_panels(const u8* panels, int stride, int lane, const X& x, float (&acc)[ABREAST][(ROWS + 7) / 8][4]) {
   using P = Panel<BITS, GROUP, ZERO>;
   constexpr int TILES = (ROWS + 7) / 8;
-  const int g = lane >> 2, t = lane & 3;
+  const int g = lane >> 2;
   // Two chains hide the latency of dependent mma where there would be one.
   constexpr int CHAINS = TILES == 1 && ABREAST == 1 && P::MMAS_PER_GROUP >= 4 ? 2 : 1;
+  // What operands exceed numbers by is taken off at the start, for all panels abreast at once, or afterwards, together
+  // with offsets and zero points and with fewer registers meanwhile.
+  constexpr bool STARTED = BITS < 16 && TILES == 1 && (ZERO == NONE || ZERO == CENTRED);
 #pragma unroll
   for (int group = 0; group < P::GROUPS; group++) {
     float c[ABREAST][CHAINS][TILES][4];
-    float start[TILES][4];
-    float2 sum[TILES];
+    float start[TILES][4] = {};
     GroupValues v[ABREAST];
     if constexpr (BITS < 16) {
 #pragma unroll
       for (int r = 0; r < ABREAST; r++) v[r] = group_values<P, ZERO>(panels + r * stride, g, group);
     }
-#pragma unroll
-    for (int tile = 0; tile < TILES; tile++) {
-      if constexpr (BITS < 16) {
-        sum[tile] = *(const float2*)(sums + group * SUMS_STRIDE + tile * 8);
-        start[tile][0] = -P::EXCESS_LOW * sum[tile].x, start[tile][1] = -P::EXCESS_LOW * sum[tile].y;
-        start[tile][2] = -P::EXCESS_HIGH * sum[tile].x, start[tile][3] = -P::EXCESS_HIGH * sum[tile].y;
-      } else {
-#pragma unroll
-        for (int i = 0; i < 4; i++) start[tile][i] = 0.f;
-      }
+    if constexpr (STARTED) {
+      const float2 sum = x.sum(0, group);
+      start[0][0] = -P::EXCESS_LOW * sum.x, start[0][1] = -P::EXCESS_LOW * sum.y;
+      start[0][2] = -P::EXCESS_HIGH * sum.x, start[0][3] = -P::EXCESS_HIGH * sum.y;
     }
     const float none[4] = {0.f, 0.f, 0.f, 0.f};
     if constexpr (GROUP == 16 && BITS < 16) {
 #pragma unroll
       for (int tile = 0; tile < TILES; tile++) {
-        const uint2 b = *(const uint2*)(x + tile * tile_stride + group * 16 + t * 4);
+        const uint4 b = x.pair(tile, group / 2);
 #pragma unroll
         for (int r = 0; r < ABREAST; r++) {
           u32 a[2][4];
           OperandPair<BITS>::load(panels + r * stride, lane, group / 2, a);
-          mma(c[r][0][tile], a[group % 2][0], a[group % 2][1], a[group % 2][2], a[group % 2][3], b.x, b.y, start[tile]);
+          mma(c[r][0][tile], a[group % 2][0], a[group % 2][1], a[group % 2][2], a[group % 2][3],
+              group % 2 ? b.z : b.x, group % 2 ? b.w : b.y, start[tile]);
         }
       }
     } else {
@@ -162,8 +224,7 @@ DEVICE void multiply_panels(const u8* panels, int stride, int lane, const u16* x
         const int pair = group * (P::MMAS_PER_GROUP / 2) + p;
         uint4 b[TILES];
 #pragma unroll
-        for (int tile = 0; tile < TILES; tile++)
-          b[tile] = *(const uint4*)(x + tile * tile_stride + pair * 32 + t * 8);
+        for (int tile = 0; tile < TILES; tile++) b[tile] = x.pair(tile, pair);
 #pragma unroll
         for (int r = 0; r < ABREAST; r++) {
           u32 a[2][4];
@@ -185,35 +246,38 @@ DEVICE void multiply_panels(const u8* panels, int stride, int lane, const u16* x
       }
     }
 #pragma unroll
-    for (int r = 0; r < ABREAST; r++)
+    for (int tile = 0; tile < TILES; tile++) {
+      float2 sum = make_float2(0.f, 0.f);
+      if constexpr (BITS < 16 && !STARTED) sum = x.sum(tile, group);
 #pragma unroll
-      for (int tile = 0; tile < TILES; tile++)
+      for (int r = 0; r < ABREAST; r++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
           float& y = acc[r][tile][i];
           const float product = CHAINS == 2 ? c[r][0][tile][i] + c[r][CHAINS - 1][tile][i] : c[r][0][tile][i];
-          if constexpr (BITS < 16) {
-            const float s = i % 2 ? sum[tile].y : sum[tile].x;
+          if constexpr (BITS == 16) {
+            y += product;
+          } else {
+            const float s = i % 2 ? sum.y : sum.x, excess = i < 2 ? P::EXCESS_LOW : P::EXCESS_HIGH;
             const float scale = i < 2 ? v[r].scale.x : v[r].scale.y, zero = i < 2 ? v[r].zero.x : v[r].zero.y;
-            if constexpr (ZERO == ZERO_POINT) {
-              y += scale * (product - zero * s);
+            if constexpr (STARTED) {
+              y += scale * product;
             } else if constexpr (ZERO == OFFSET) {
               y += scale * product;
-              y += zero * s;
+              y += (zero - excess * scale) * s;
+            } else if constexpr (ZERO == ZERO_POINT) {
+              y += scale * (product - (excess + zero) * s);
             } else {
-              y += scale * product;
+              y += scale * (product - excess * s);
             }
-          } else {
-            y += product;
           }
         }
+    }
   }
 }
 
 // One panel alone.
-template <int BITS, int GROUP, int ZERO, int ROWS, int SUMS_STRIDE>
-DEVICE void multiply_panel(const u8* panel, int lane, const u16* x, int tile_stride, const float* sums,
-                           float (&acc)[(ROWS + 7) / 8][4]) {
-  multiply_panels<BITS, GROUP, ZERO, ROWS, SUMS_STRIDE, 1>(panel, 0, lane, x, tile_stride, sums,
-                                                           reinterpret_cast<float(&)[1][(ROWS + 7) / 8][4]>(acc));
+template <int BITS, int GROUP, int ZERO, int ROWS, class X>
+DEVICE void multiply_panel(const u8* panel, int lane, const X& x, float (&acc)[(ROWS + 7) / 8][4]) {
+  multiply_panels<BITS, GROUP, ZERO, ROWS, 1>(panel, 0, lane, x, reinterpret_cast<float(&)[1][(ROWS + 7) / 8][4]>(acc));
 }

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from edgellm.cuda.launch import At
 from edgellm.errors import BuildError
-from edgellm.kernels.elementwise import embed_rows, table_of, table_rows
+from edgellm.kernels.elementwise import embed_chunk, embed_rows, table_of, table_rows
+from edgellm.kernels.norm import NormAhead
 from edgellm.model.weights import Dense, Grouped, Groups
 
 VOCAB, HIDDEN, GROUP = 40, 64, 16
@@ -84,8 +85,10 @@ def test_what_the_kernel_cannot_read_is_refused_by_name() -> None:
 def test_the_grid_reaches_every_element() -> None:
     table = table_of(grouped(4, asymmetric=True))
     at = At("x")
-    (launch,) = embed_rows(
-        table, rows=3, rows_at=at, last_token=at, elements=at, scales=at, offsets=at, out=at, squares=at
-    )
+    places = {"elements": at, "scales": at, "offsets": at, "out": at}
+    ahead = NormAhead(at, at, at, at)
+    (launch,) = embed_rows(table, rows=3, rows_at=at, last_token=at, epsilon=1e-6, ahead=ahead, **places)
+    assert launch.grid == (3, 1, 1)
+    (launch,) = embed_chunk(table, tokens=3, chunk=at, ids=at, **places)
     assert launch.grid[0] * launch.kernel.threads * 4 >= HIDDEN
     assert launch.grid[1] == 3

@@ -15,7 +15,6 @@ from edgellm.kernels.linear import (
     BUCKETS,
     COUNTERS_BYTES,
     Epilogue,
-    Norm,
     Tuning,
     decode_linear,
     decode_workspace,
@@ -24,6 +23,7 @@ from edgellm.kernels.linear import (
     shared_bytes,
     tuned,
 )
+from edgellm.kernels.norm import Norm, NormAhead
 from edgellm.kernels.packing import PackedShape, Zero
 
 SHAPES = {
@@ -45,32 +45,34 @@ SHAPES = {
     "dense": PackedShape(1000, 2048, 16, 64, "none"),
 }
 
+AHEAD = NormAhead(At("gain"), At("scales"), At("scaled"), At("squares"))
 EPILOGUES: tuple[Epilogue, ...] = ("store", "residual", "logits")
 
 
 def linear(
     shape: PackedShape, rows: int, device: Device, *, normed: bool = True, epilogue: Epilogue = "store"
 ) -> list[Launch]:
+    epilogue = "swiglu" if shape.swiglu else epilogue
     return decode_linear(
         shape,
         rows=rows,
         device=device,
         x=At("x"),
-        norm=Norm(At("gain"), 1e-6, At("squares")) if normed else None,
+        norm=Norm(1e-6, At("squares"), At("scales"), At("next_scales")) if normed else None,
         weights=At("weights"),
         bias=None,
-        epilogue="swiglu" if shape.swiglu else epilogue,
+        epilogue=epilogue,
         out=At("out"),
         workspace=At("workspace"),
+        ahead=AHEAD if epilogue == "residual" else None,
     )
 
 
 def assert_covered(shape: PackedShape, rows: int, device: Device) -> None:
     """Every panel of every row block is multiplied by one warp, within the device's shared memory."""
-    for normed in (False, True):
-        cut = tuned(shape, rows=rows, device=device, normed=normed)
-        assert shared_bytes(shape, rows, cut, normed=normed) <= device.shared_per_block
-        assert_cut_covers(shape, cut)
+    cut = tuned(shape, rows=rows, device=device)
+    assert shared_bytes(shape, rows, cut) <= device.shared_per_block
+    assert_cut_covers(shape, cut)
 
 
 def assert_cut_covers(shape: PackedShape, cut: Tuning) -> None:
@@ -119,17 +121,17 @@ def test_any_shape_is_covered(n: int, chunks: int, kind: tuple[int, int], rows: 
 def test_a_workspace_has_room_for_every_slab() -> None:
     shape = SHAPES["Qwen2.5-7B down"]
     orin = DEVICES["agx orin"]
-    cut = tuned(shape, rows=16, device=orin, normed=False)
+    cut = tuned(shape, rows=16, device=orin)
     assert cut.join == "last_block" and cut.slabs > 1
     assert decode_workspace(shape, 16, orin) == COUNTERS_BYTES + cut.slabs * 3584 * 16 * 4
     assert cut.blocks <= COUNTERS_BYTES // 4
-    assert decode_workspace(shape, 1, orin) == 0
+    assert decode_workspace(SHAPES["Qwen3-8B o"], 1, orin) == 0
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    tiny = Device(87, 16, 16 << 10)
-    with pytest.raises(BuildError, match="4096 columns needs more than the 16384 bytes"):
-        tuned(SHAPES["Qwen3-8B o"], rows=16, device=tiny, normed=True)
+    tiny = Device(87, 16, 4 << 10)
+    with pytest.raises(BuildError, match="4096 columns needs more than the 4096 bytes"):
+        tuned(SHAPES["Qwen3-8B o"], rows=16, device=tiny)
     with pytest.raises(ValueError, match="not for 3"):
         linear(SHAPES["Qwen3-8B o"], 3, DEVICES["h100"])
 

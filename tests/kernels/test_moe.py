@@ -13,6 +13,7 @@ from edgellm.kernels.linear import BUCKETS
 from edgellm.kernels.moe import PIECE, chunk_mixture, mixture_workspace, places_of, row_mixture
 from edgellm.kernels.moe_cuts import Cuts, groups_most, tiled, tuned
 from edgellm.kernels.moe_shape import MixtureShape, MixtureWeights, Tokens
+from edgellm.kernels.norm import NormAhead
 
 WEIGHTS = MixtureWeights(At("router"), At("gate_up"), At("down"))
 
@@ -25,7 +26,7 @@ def rows_launches(shape: MixtureShape, rows: int, device: Device) -> list[Launch
         x=At("x"),
         weights=WEIGHTS,
         residual=At("residual"),
-        squares=At("squares"),
+        ahead=NormAhead(At("gain"), At("scales"), At("scaled"), At("squares")),
         workspace=At("workspace"),
         linear_workspace=At("linear_workspace"),
     )

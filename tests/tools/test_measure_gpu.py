@@ -165,7 +165,8 @@ def test_every_steps_command_is_one(
         raise DeviceError("there is none")
 
     monkeypatch.setattr(driver, "load_driver", load)
-    steps = steps_of(replace(options, checkpoint=checkpoint, large=large, seed=5))
+    asked = replace(options, checkpoint=checkpoint, large=large, seed=5, references=Path("/references"))
+    steps = steps_of(asked)
     assert len({step.name for step in steps}) == len(steps)
     for step in steps:
         script, *flags = step.command

@@ -12,6 +12,7 @@ from dataclasses import replace
 from itertools import product
 from typing import Any, Final
 
+import norms
 import numpy as np
 from numpy.typing import NDArray
 from runner import Runner, poisoned
@@ -25,6 +26,7 @@ from edgellm.kernels.attention_prefill import (
     rope_and_append,
 )
 from edgellm.kernels.attention_shape import COUNTERS_BYTES, AttentionShape, Cache, HeadNorms, rope_table
+from edgellm.kernels.norm import NormAhead
 from edgellm.kernels.rows import CHUNK, ROW
 from edgellm.model.rotary import make_rotary
 from edgellm.model.weights import Dense, Grouped, Groups, Weight
@@ -347,6 +349,11 @@ def check_elementwise(
     runner: Runner, rng: np.random.Generator, widths: Sequence[tuple[int, int]] = WIDTHS
 ) -> Iterator[tuple[str, bool]]:
     """Embedding of every kind of table, RMSNorm, the last row, columns in another order."""
+    yield from _check_embeddings(runner, rng)
+    yield from _check_rows(runner, rng, widths)
+
+
+def _check_embeddings(runner: Runner, rng: np.random.Generator) -> Iterator[tuple[str, bool]]:
     vocab = 500
     for hidden, weight in tables(rng, vocab):
         table = elementwise.table_of(weight)
@@ -365,6 +372,8 @@ def check_elementwise(
         ids = rng.integers(0, vocab, 4).astype("<i4")
         out, chunk_out = (poisoned((n, hidden), "<f4") for n in (5, 4))
         arrays |= {"rows": rows, "last": last, "chunk": chunk, "ids": ids, "out": out, "chunk_out": chunk_out}
+        gain = arrays["gain"] = rng.normal(1, 0.3, hidden).astype("<f4")
+        arrays |= {"norm_scales": poisoned((5,), "<f4"), "scaled": poisoned((5, hidden), "<f2")}
         arrays["squares"] = poisoned((5, hidden // 16), "<f4")
         places: dict[str, Any] = {"elements": At("elements"), "scales": scales, "offsets": offsets}
         launches = [
@@ -374,7 +383,8 @@ def check_elementwise(
                 rows_at=At("rows"),
                 last_token=At("last"),
                 out=At("out"),
-                squares=At("squares"),
+                epsilon=EPSILON,
+                ahead=NormAhead(At("gain"), At("norm_scales"), At("scaled"), At("squares")),
                 **places,
             ),
             *elementwise.embed_chunk(
@@ -387,11 +397,18 @@ def check_elementwise(
         there = rows["slot"] >= 0
         good = np.allclose(after["out"][there], w[fed[there]], rtol=1e-6, atol=1e-7)
         good &= bool(np.isnan(after["out"][~there]).all())
-        squares = (after["out"][there].reshape(-1, hidden // 16, 16).astype(np.float64) ** 2).sum(-1)
-        good &= np.allclose(after["squares"][there], squares, rtol=1e-5)
+        left = {name: after[name][there] for name in ("scaled", "squares", "norm_scales")}
+        inverse_rms = norms.inverse_rms(w[fed[there]], EPSILON)
+        good &= np.allclose(left["norm_scales"] * norms.ROOM, inverse_rms, rtol=1e-5)
+        good &= not norms.wrong_ahead(left, after["out"][there], gain, left["norm_scales"])
         good &= np.allclose(after["chunk_out"][:3], w[ids[:3]], rtol=1e-6, atol=1e-7)
         good &= bool(np.isnan(after["chunk_out"][3:]).all())
         yield f"embed {table.kind} {hidden} g{table.group} {'ok' if good else 'FAIL'}", good
+
+
+def _check_rows(
+    runner: Runner, rng: np.random.Generator, widths: Sequence[tuple[int, int]]
+) -> Iterator[tuple[str, bool]]:
     for hidden, width in widths:
         x = (rng.standard_normal((6, hidden), np.float32) * 30).astype("<f4")
         h = rng.standard_normal((6, width), np.float32).astype("<f2")
@@ -399,9 +416,10 @@ def check_elementwise(
         order = rng.permutation(width).astype("<i4")
         chunk = np.zeros(1, CHUNK)
         chunk["count"] = 4
-        arrays = {"x": x, "h": h, "gain": gain, "order": order, "chunk": chunk}
+        arrays: dict[str, Array] = {"x": x, "h": h, "gain": gain, "order": order, "chunk": chunk}
         arrays |= {"normed": poisoned((6, hidden), "<f2"), "permuted": poisoned((6, width), "<f2")}
         arrays |= {"x_out": poisoned((1, hidden), "<f4"), "h_out": poisoned((1, width), "<f2")}
+        arrays |= {"scales": poisoned((6,), "<f4"), "last_scale": poisoned((1,), "<f4")}
         launches = [
             *elementwise.rms_norm(
                 hidden,
@@ -411,16 +429,28 @@ def check_elementwise(
                 epsilon=EPSILON,
                 out=At("normed"),
                 chunk=At("chunk"),
+                scales=At("scales"),
             ),
             *elementwise.permute_columns(width, rows=6, order=At("order"), x=At("h"), out=At("permuted")),
             *elementwise.last_row(
-                hidden, width, chunk=At("chunk"), x=At("x"), h=At("h"), x_out=At("x_out"), h_out=At("h_out")
+                hidden,
+                width,
+                chunk=At("chunk"),
+                x=At("x"),
+                h=At("h"),
+                epsilon=EPSILON,
+                x_out=At("x_out"),
+                h_out=At("h_out"),
+                scales=At("last_scale"),
             ),
         ]
         after = runner.run(launches, arrays)
         wide = x[:4].astype(np.float64)
         normed = wide / np.sqrt((wide * wide).mean(-1, keepdims=True) + EPSILON) * gain
         good = relative(after["normed"][:4], normed) < 5e-4 and bool(np.isnan(after["normed"][4:]).all())
+        inverse_rms = norms.inverse_rms(x[:4], EPSILON)
+        good &= np.allclose(after["scales"][:4] * norms.ROOM, inverse_rms, rtol=1e-5)
+        good &= np.allclose(after["last_scale"] * norms.ROOM, inverse_rms[3], rtol=1e-5)
         good &= np.array_equal(after["permuted"], h[:, order])
         good &= np.array_equal(after["x_out"][0], x[3]) and np.array_equal(after["h_out"][0], h[3])
         yield f"norm, permutation, last row {hidden} {width} {'ok' if good else 'FAIL'}", good

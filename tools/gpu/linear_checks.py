@@ -1,6 +1,6 @@
-"""Linears on a device: every kind against float64, and how fast they are beside what memory can give.
+"""Linears on a device: every kind, in every way to cut it, against float64.
 
-python tools/gpu/linear_checks.py [--bench]
+python tools/gpu/linear_checks.py
 """
 
 from __future__ import annotations
@@ -12,20 +12,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+import norms
 import numpy as np
+from linear_bench import AHEAD, NORM
 from numpy.typing import NDArray
 from runner import Runner, poisoned
 
-from edgellm.cuda.launch import At, Device, Launch
+from edgellm.cuda.launch import At, Launch
 from edgellm.kernels.gemm import TILES, Tile, prefill_linear, prefill_workspace
 from edgellm.kernels.gemm import shared_bytes as gemm_shared_bytes
 from edgellm.kernels.linear import (
     BUCKETS,
     COUNTERS_BYTES,
     Epilogue,
-    Norm,
+    Join,
     Tuning,
     decode_linear,
+    held_registers,
     shared_bytes,
     tuned,
 )
@@ -34,7 +37,7 @@ from edgellm.model.weights import Dense, Grouped, Groups, Weight
 
 TOLERANCE: Final = 1.5e-3
 """Relative to the norm of the result: x rounds to float16 once, sums are float32."""
-EPSILON: Final = 1e-6
+EPSILON: Final = NORM.epsilon
 
 Array = NDArray[Any]
 
@@ -181,17 +184,24 @@ def check(
     else:
         x = x.astype(np.float16)
     gain = (1 + 0.1 * rng.standard_normal(case.k)).astype(np.float32)
+    next_gain = (1 + 0.1 * rng.standard_normal(shape.outputs)).astype(np.float32)
+    # The layer in between changed every row's size.
+    grown = 10 ** rng.uniform(-1.5, 2, rows)
+    scales = (norms.inverse_rms(x, EPSILON) * grown / norms.ROOM).astype(np.float32)
     residual = case.epilogue == "residual"
     out_type = np.float32 if case.epilogue in ("residual", "logits") else np.float16
     old = rng.standard_normal((rows, shape.outputs)).astype(np.float32)
     workspace = COUNTERS_BYTES + cut.slabs * shape.row_blocks * rows * ROW_BLOCK * 4
     arrays: dict[str, Array] = {
         "weights": matrix.packed,
-        "x": x,
-        "gain": gain,
-        "squares": (x.astype(np.float32) ** 2).reshape(rows, -1, 16).sum(-1, dtype=np.float32),
+        "x": norms.scaled(x, gain, scales) if case.normed else x,
+        "squares_in": norms.squares(x),
+        "scales": scales,
+        "next_scales": poisoned((rows,), np.float32),
+        "next_gain": next_gain,
+        "scaled": poisoned((rows, shape.outputs), np.float16),
         "out": old if residual else poisoned((rows, shape.outputs), out_type),
-        "squares_out": poisoned((rows, shape.row_blocks), np.float32),
+        "squares": poisoned((rows, shape.row_blocks), np.float32),
         "workspace": np.zeros(workspace, np.uint8),
         "bias": np.zeros(1, np.float32) if matrix.bias is None else matrix.bias,
     }
@@ -200,13 +210,13 @@ def check(
         rows=rows,
         device=runner.device,
         x=At("x"),
-        norm=Norm(At("gain"), EPSILON, At("squares")) if case.normed else None,
+        norm=NORM if case.normed else None,
         weights=At("weights"),
         bias=None if matrix.bias is None else At("bias"),
         epilogue=case.epilogue,
         out=At("out"),
         workspace=At("workspace"),
-        squares=At("squares_out") if residual else None,
+        ahead=AHEAD if residual else None,
         tuning=cut,
     )
     # Twice over: the second finds the counters as the first left them.
@@ -219,10 +229,11 @@ def check(
         wrong.append(f"{case}, {rows} rows, {cut}: error {error:.2e}")
     if got["workspace"][:COUNTERS_BYTES].any():
         wrong.append(f"{case}, {rows} rows: counters are left at other values than 0")
+    if case.normed and not np.allclose(got["next_scales"] * norms.ROOM, norms.inverse_rms(x, EPSILON), 1e-5):
+        wrong.append(f"{case}, {rows} rows: the scales for the norm behind differ")
     if residual and shape.outputs % ROW_BLOCK == 0:
-        squares = (got["out"].astype(np.float64) ** 2).reshape(rows, -1, ROW_BLOCK).sum(-1)
-        if not np.allclose(got["squares_out"], squares, rtol=1e-5):
-            wrong.append(f"{case}, {rows} rows: sums of squares differ")
+        left = norms.wrong_ahead(got, got["out"], next_gain, scales)
+        wrong += [f"{case}, {rows} rows, {cut}: {each}" for each in left]
     ERRORS.append(error)
     return wrong
 
@@ -287,34 +298,29 @@ CHUNKS: Final = ((16, 11), (32, 32), (64, 33), (256, 200))
 ERRORS: list[float] = []
 
 
-def cuts(shape: PackedShape, rows: int, runner: Runner, *, normed: bool) -> Iterator[Tuning]:
+def cuts(shape: PackedShape, rows: int, runner: Runner) -> Iterator[Tuning]:
     """What the device takes, and other ways that other devices would take."""
     device = runner.device
-    best = tuned(shape, rows=rows, device=device, normed=normed)
+    best = tuned(shape, rows=rows, device=device)
     yield best
+    common = replace(best, warps=8, warps_k=4, stages=4, early=2, abreast=2, sets=1, blocks_per_sm=1)
+    few = max(1, min(best.blocks, 7))
+    others = [
+        replace(common, slabs=1, join="whole", blocks=few, held=not best.held),
+        replace(common, slabs=1, join="whole", blocks=few, warps_k=2, abreast=1, sets=2, early=3, held=False),
+    ]
+    joins: list[Join] = ["last_block", *(("cluster",) if device.has_dependent_launch else ())]
     if shape.panels > 2:
-        for join in ("last_block", *(("cluster",) if device.has_dependent_launch else ())):
-            other = replace(
-                best,
-                slabs=2,
-                join=join,
-                blocks=max(1, min(best.blocks, 7)),
-                warps=8,
-                warps_k=4,
-                stages=4,
-                early=2,
-                abreast=2,
-                batch=2,
-                sets=1,
-                blocks_per_sm=2,
-            )
-            if shared_bytes(shape, rows, other, normed=normed) <= device.shared_per_block:
-                yield other
-    if device.has_dependent_launch and rows >= 2:
-        sharing = replace(best, slabs=1, join="shared_x", shared=min(4, rows), blocks=4, warps=8, warps_k=4)
-        sharing = replace(sharing, stages=2, early=1, abreast=1, batch=1, sets=1, blocks_per_sm=1)
-        if shared_bytes(shape, rows, sharing, normed=normed) <= device.shared_per_block:
-            yield sharing
+        parted = replace(common, slabs=2, blocks=few)
+        others += [replace(parted, join=join, held=held) for join in joins for held in (True, False)]
+    for other in others:
+        registers = held_registers(shape, rows, other) if other.held else 0
+        if registers <= HELD_MOST and shared_bytes(shape, rows, other) <= device.shared_per_block:
+            yield other
+
+
+HELD_MOST: Final = 128
+"""Registers for x that the eight warps of other cuts have."""
 
 
 def checks(
@@ -333,7 +339,7 @@ def checks(
         (case, matrix, rows, cut)
         for case, matrix in made
         for rows in buckets
-        for cut in cuts(matrix.shape, rows, runner, normed=case.normed)
+        for cut in cuts(matrix.shape, rows, runner)
     ]
     runner.prepare(launch for item in todo for launch in _launches(runner, *item))
     for case, matrix, rows, cut in todo:
@@ -368,7 +374,7 @@ def _launches(runner: Runner, case: Case, matrix: Matrix, rows: int, cut: Tuning
         rows=rows,
         device=runner.device,
         x=At("x"),
-        norm=Norm(At("gain"), EPSILON, At("squares")) if case.normed else None,
+        norm=NORM if case.normed else None,
         weights=At("weights"),
         bias=None,
         epilogue=case.epilogue,
@@ -378,190 +384,12 @@ def _launches(runner: Runner, case: Case, matrix: Matrix, rows: int, cut: Tuning
     )
 
 
-QWEN3_8B: Final = {
-    "qkv": ((6144, 4096), "store", True),
-    "o": ((4096, 4096), "residual", False),
-    "gate-up": ((24576, 4096), "swiglu", True),
-    "down": ((4096, 12288), "residual", False),
-    "head": ((151936, 4096), "logits", True),
-}
-"""Its linears: (n, k), epilogue, whether a norm is in front."""
-ROTATED_BYTES: Final = 200 << 20
-"""Of different weights in one measurement: more than any L2 holds."""
-
-
-class LinearBench:
-    """Linears of one model's shapes over random weights."""
-
-    def __init__(self, runner: Runner, zero: Zero = "offset", group: int = 128) -> None:
-        self.runner = runner
-        self.shapes = {
-            name: PackedShape(n, k, 4, group, zero, epilogue == "swiglu")
-            for name, ((n, k), epilogue, _) in QWEN3_8B.items()
-        }
-        widest = 16 * 151936 * 4
-        for name in ("x", "out", "gain", "squares", "squares_out"):
-            runner.allocate(name, widest if name == "out" else 16 * 12288 * 4)
-            self._zeros(name, widest if name == "out" else 16 * 12288 * 4)
-        runner.allocate("workspace", 64 << 20)
-        self._zeros("workspace", 64 << 20)
-        self.copies: dict[str, int] = {}
-
-    def _zeros(self, name: str, size: int) -> None:
-        self.runner.driver.call("cuMemsetD8", self.runner.address(At(name)), 0, size)
-
-    def fill(self, name: str, copies: int | None = None) -> int:
-        """Weights of a linear, several different ones; how many."""
-        shape = self.shapes[name]
-        count = copies or -(-ROTATED_BYTES // shape.nbytes)
-        self.copies[name] = count
-        base = self.runner.allocate(name, shape.nbytes * count)
-        rng = np.random.default_rng(1)
-        panels = min(shape.row_blocks * shape.panels, 8192)
-        block = rng.integers(0, 256, (panels, shape.panel_bytes), np.uint8)
-        block[:, shape.number_bytes :] = np.array([0x211F], "<u2").view(np.uint8)[0]
-        self.runner.driver.call("cuMemcpyHtoD", base, block.ctypes.data, block.nbytes)
-        done, total = block.nbytes, shape.nbytes * count
-        while done < total:
-            size = min(done, total - done)
-            self.runner.driver.call("cuMemcpyDtoD", base + done, base, size)
-            done += size
-        return count
-
-    def launches(self, name: str, rows: int, copy: int, cut: Tuning | None = None) -> list[Launch]:
-        """One linear of the model."""
-        shape = self.shapes[name]
-        _, epilogue, normed = QWEN3_8B[name]
-        return decode_linear(
-            shape,
-            rows=rows,
-            device=self.runner.device,
-            x=At("x"),
-            norm=Norm(At("gain"), EPSILON, At("squares")) if normed else None,
-            weights=At(name, copy * shape.nbytes),
-            bias=None,
-            epilogue=epilogue,  # type: ignore[arg-type]
-            out=At("out"),
-            workspace=At("workspace"),
-            squares=At("squares_out") if epilogue == "residual" else None,
-            tuning=cut,
-        )
-
-    def time(self, name: str, rows: int, cut: Tuning | None = None, *, early: bool = True) -> float:
-        """µs of one linear among others of its kind."""
-        count = self.copies[name]
-        launches = [launch for i in range(count) for launch in self.launches(name, rows, i, cut)]
-        return self.runner.time(launches, early=early) / count
-
-    def step(self, rows: int, *, early: bool = True) -> float:
-        """µs of all linears of a step, in their order, without what is between them."""
-        launches: list[Launch] = []
-        for layer in range(36):
-            for name in ("qkv", "o", "gate-up", "down"):
-                launches += self.launches(name, rows, layer % self.copies[name])
-        return self.runner.time(launches + self.launches("head", rows, 0), early=early)
-
-    def time_prompt(self, name: str, tokens: int) -> float:
-        """µs of one linear of a chunk that fills its bucket."""
-        shape, count = self.shapes[name], self.copies[name]
-        launches = [
-            launch
-            for copy in range(count)
-            for launch in prefill_linear(
-                shape,
-                tokens=tokens,
-                device=self.runner.device,
-                chunk=At("chunk"),
-                x=At("prompt"),
-                weights=At(name, copy * shape.nbytes),
-                bias=None,
-                epilogue=QWEN3_8B[name][1],  # type: ignore[arg-type]
-                out=At("result"),
-                workspace=At("workspace"),
-            )
-        ]
-        return self.runner.time(launches, repeats=5) / count
-
-
-ORINS: Final = {"AGX Orin": (16, 1.3, 204.8), "Orin NX": (8, 0.918, 102.4)}
-"""SMs, GHz, GB/s of its memory."""
-
-
-def bench(runner: Runner) -> Iterator[str]:
-    """Tables: µs and GB/s of Qwen3-8B's linears, a step's linears in a row, and linears on an Orin's SMs."""
-    memory = runner.memory_gb_per_s()
-    measured = LinearBench(runner)
-    for name in QWEN3_8B:
-        measured.fill(name)
-    yield f"4 bits in groups of 128 with offsets; memory {memory:.0f} GB/s"
-    yield "| linear | MB | " + " | ".join(f"{rows} rows µs | GB/s" for rows in (1, 8, 16)) + " |"
-    yield "|---|---|" + "---|---|" * 3
-    for name, shape in measured.shapes.items():
-        times = [measured.time(name, rows) for rows in (1, 8, 16)]
-        cells = " | ".join(f"{us:.1f} | {shape.nbytes / us / 1e3:.0f}" for us in times)
-        yield f"| {name} | {shape.nbytes / 1e6:.1f} | {cells} |"
-    step = 36 * sum(shape.nbytes for name, shape in measured.shapes.items() if name != "head")
-    step += measured.shapes["head"].nbytes
-    for rows in (1, 8, 16):
-        early, late = (measured.step(rows, early=early) for early in (True, False))
-        rate = step / early / 1e3
-        found = f"{early:.0f} µs, {rate:.0f} GB/s; without PDL {late:.0f} µs"
-        yield f"all linears of a step, {rows} rows: {found}"
-
-    clock = runner.driver.facts.clock_khz / 1e6
-    yield "| as | SMs | linear | rows | GB/s here | at its clock | × its memory |"
-    yield "|---|---|---|---|---|---|---|"
-    for orin, (blocks, orin_clock, bandwidth) in ORINS.items():
-        device = Device(87, blocks, 163 << 10)
-        for name in ("gate-up", "down"):
-            for rows in (1, 4, 8):
-                normed = QWEN3_8B[name][2]
-                cut = tuned(measured.shapes[name], rows=rows, device=device, normed=normed)
-                rate = measured.shapes[name].nbytes / measured.time(name, rows, cut, early=False) / 1e3
-                scaled = rate * orin_clock / clock
-                yield (
-                    f"| {orin} | {blocks} | {name} | {rows} | {rate:.0f} | {scaled:.0f} "
-                    f"| {scaled / bandwidth:.2f} |"
-                )
-    runner.release()
-    yield from _bench_prefill(runner)
-
-
-def _bench_prefill(runner: Runner) -> Iterator[str]:
-    measured = LinearBench(runner)
-    runner.allocate("prompt", 2048 * 12288 * 2)
-    runner.allocate("result", 2048 * 24576 * 4)
-    runner.allocate("chunk", 16)
-    rng = np.random.default_rng(2)
-    runner.upload("prompt", rng.standard_normal(2048 * 12288, np.float32).astype(np.float16))
-    for name in QWEN3_8B:
-        if name != "head":
-            measured.fill(name, 4)
-    yield "| tokens | " + " | ".join(f"{name} µs | TFLOP/s" for name in measured.copies) + " | tok/s |"
-    yield "|---|" + "---|---|" * len(measured.copies) + "---|"
-    for tokens in (64, 128, 512, 2048):
-        runner.upload("chunk", np.array([0, 0, tokens, 0], np.int32))
-        times = [measured.time_prompt(name, tokens) for name in measured.copies]
-        rates = [
-            2 * measured.shapes[name].n * measured.shapes[name].k * tokens / us / 1e6
-            for name, us in zip(measured.copies, times, strict=True)
-        ]
-        cells = " | ".join(f"{us:.1f} | {rate:.0f}" for us, rate in zip(times, rates, strict=True))
-        yield f"| {tokens} | {cells} | {tokens / sum(times) / 36 * 1e6:.0f} |"
-    runner.release()
-
-
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=None)
-    parser.add_argument("--bench", action="store_true")
     options = parser.parse_args()
     runner = Runner()
-    if options.bench:
-        for line in bench(runner):
-            print(line, flush=True)
-        return 0
     seed = secrets.randbits(32) if options.seed is None else options.seed
     wrong = checks(runner, seed)
     for line in wrong:

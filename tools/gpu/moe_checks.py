@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+import norms
 import numpy as np
 from linear_checks import Case, random_weight
 from numpy.typing import NDArray
@@ -28,6 +29,7 @@ from edgellm.kernels.moe import (
 )
 from edgellm.kernels.moe_cuts import Cuts, Tuning, shared_bytes, tiled, tuned
 from edgellm.kernels.moe_shape import MixtureShape, MixtureWeights, Tokens
+from edgellm.kernels.norm import NormAhead
 from edgellm.kernels.packing import PackedShape, Zero, pack, packed_shape
 from edgellm.kernels.rows import CHUNK, ROW
 
@@ -164,8 +166,13 @@ def check(
     x = rng.standard_normal((tokens, layer.hidden)).astype(np.float16)
     x[~there] = np.nan
     old = rng.standard_normal((tokens, layer.hidden)).astype(np.float32)
+    gain = rng.normal(1, 0.3, layer.hidden).astype(np.float32)
+    scales = rng.uniform(0.1, 10, tokens).astype(np.float32)
     arrays: dict[str, Array] = {
         **weights.arrays,
+        "gain": gain,
+        "scales": scales,
+        "scaled": poisoned((tokens, layer.hidden), np.float16),
         "x": x,
         "rows": rows,
         "chunk": np.array([(0, 0, count, 0)], CHUNK),
@@ -200,9 +207,8 @@ def check(
     if not error <= TOLERANCE:
         wrong.append(f"{what}: error {error:.2e}")
     if not chunk:
-        squares = (out[there].astype(np.float64) ** 2).reshape(there.sum(), -1, 16).sum(-1)
-        if not np.allclose(got["squares"][there], squares, rtol=1e-5):
-            wrong.append(f"{what}: sums of squares differ")
+        left = {name: got[name][there] for name in ("scaled", "squares")}
+        wrong += [f"{what}: {each}" for each in norms.wrong_ahead(left, out[there], gain, scales[there])]
     again = runner.run(_launches(mixture, device, tokens, chunk=chunk, cuts=cuts), arrays)
     if not np.array_equal(again["residual"], out):
         wrong.append(f"{what}: not the same a second time")
@@ -250,7 +256,7 @@ def _launches(
         x=x,
         weights=WEIGHTS,
         residual=residual,
-        squares=At("squares"),
+        ahead=NormAhead(At("gain"), At("scales"), At("scaled"), At("squares")),
         workspace=workspace,
         linear_workspace=linear,
         cuts=cuts,
@@ -330,6 +336,8 @@ def bench(runner: Runner, group: int = 128, *, variants: bool = False) -> None:
     most = 2048
     arrays["residual"] = np.zeros((most, 2048), np.float32)
     arrays["squares"] = np.zeros((16, 128), np.float32)
+    arrays["gain"], arrays["scales"] = np.ones(2048, np.float32), np.ones(16, np.float32)
+    arrays["scaled"] = np.zeros((16, 2048), np.float16)
     arrays["linear_workspace"] = np.zeros(COUNTERS_BYTES + (1 << 20), np.uint8)
     arrays["rows"] = np.zeros(16, ROW)
     for copy in range(COPIES):

@@ -23,7 +23,7 @@ from attention_checks import Chain
 from few_sms import FewMultiprocessors
 from figures import Figures
 from limited import Say
-from linear_checks import QWEN3_8B, LinearBench
+from linear_bench import LinearBench
 from loaded import opened
 from runner import Runner
 
@@ -104,14 +104,16 @@ def linears(runner: Runner) -> Iterator[Measured]:
     bench = LinearBench(runner)
     # Side by side: one after the other they would take minutes.
     runner.prepare(
-        launch for name in QWEN3_8B for rows in LINEAR_ROWS for launch in bench.launches(name, rows, 0)
+        launch
+        for name in bench.model.linears
+        for rows in LINEAR_ROWS
+        for launch in bench.launches(name, rows, 0)
     )
-    for name in QWEN3_8B:
+    for name, linear in bench.model.linears.items():
         bench.fill(name)
         for rows in LINEAR_ROWS:
-            yield Measured(
-                "linear", name, rows, bench.time(name, rows, early=False), bench.shapes[name].nbytes
-            )
+            us = bench.time(name, rows, early=False)
+            yield Measured("linear", name, rows, us, linear.shape.nbytes)
     runner.release()
 
 

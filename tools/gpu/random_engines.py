@@ -2,7 +2,7 @@
 
     python tools/gpu/random_engines.py --engines DIR NAME…
 
-`DIR/NAME` is for the CUDA executor, `DIR/NAME-exact` the same model for the CPU executor in float32.
+`DIR/NAME` is for the CUDA executor, `DIR/NAME-reference` the same model for the CPU executor.
 """
 
 from __future__ import annotations
@@ -12,17 +12,20 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from edgellm.checkpoint import open_checkpoint
+from edgellm.checkpoint import Checkpoint, open_checkpoint
 from edgellm.checkpoint.random import random_checkpoint
 from edgellm.cli import main as edgellm
 from edgellm.enginedir import EngineDir, is_engine, open_engine
 from edgellm.errors import EdgellmError, UsageError
+from edgellm.model.inventory import take_inventory
 
 SEQ_LEN: Final = 2560
 NUM_TOKENS: Final = 2048
 LEAST_SLOTS: Final = 4
-EXACT: Final = "-exact"
-EXACT_SEQ_LEN: Final = 256
+REFERENCE: Final = "-reference"
+REFERENCE_SEQ_LEN: Final = 256
+LARGEST_FLOAT32: Final = 8 << 30
+"""Bytes of a float32 engine; of larger models activations are in 8 bits, which costs KL of some 0.0005."""
 
 
 def random_engine(folder: Path, name: str, *, slots: int = LEAST_SLOTS) -> EngineDir:
@@ -53,20 +56,25 @@ def cuda_engine(path: Path, source: str | Path, *, slots: int = LEAST_SLOTS) -> 
     return _built(path, source, ["--executor", "cuda"], sizes)
 
 
-def exact_engine(path: Path, source: str | Path) -> EngineDir:
-    """The CPU engine in float32 at `path`, built if there is none; for short texts.
+def reference_engine(path: Path, source: str | Path) -> EngineDir:
+    """The CPU engine at `path`, in float32 unless it is too large, built if there is none; for short texts.
 
     Raises:
         UsageError: it cannot be built.
     """
-    sizes = {"batch-size": LEAST_SLOTS, "seq-len": _length(source, EXACT_SEQ_LEN)}
-    return _built(path, source, ["--compute", "fp32"], sizes)
+    sizes = {"batch-size": LEAST_SLOTS, "seq-len": _length(source, REFERENCE_SEQ_LEN)}
+    elements = sum(matrices.elements for matrices in take_inventory(_checkpoint(source)))
+    compute = "fp32" if 4 * elements <= LARGEST_FLOAT32 else "int8"
+    return _built(path, source, ["--compute", compute], sizes)
 
 
 def _length(source: str | Path, wanted: int) -> int:
     """As many tokens as the model was trained for, at most."""
-    checkpoint = open_checkpoint(source) if isinstance(source, Path) else random_checkpoint(source, "int4")
-    return min(wanted, checkpoint.spec.max_context)
+    return min(wanted, _checkpoint(source).spec.max_context)
+
+
+def _checkpoint(source: str | Path) -> Checkpoint:
+    return open_checkpoint(source) if isinstance(source, Path) else random_checkpoint(source, "int4")
 
 
 def _built(path: Path, source: str | Path, flags: list[str], sizes: dict[str, int]) -> EngineDir:
@@ -88,13 +96,10 @@ def main() -> int:
     parser.add_argument("names", nargs="+", metavar="NAME")
     parser.add_argument("--engines", type=Path, required=True, metavar="DIR")
     parser.add_argument("--slots", type=int, default=16, help="of the CUDA engines (default %(default)s)")
-    parser.add_argument("--exact", action="store_true", help="references for the CPU, too")
     args = parser.parse_args()
     try:
         for name in args.names:
             random_engine(args.engines, name, slots=args.slots)
-            if args.exact:
-                exact_engine(args.engines / f"{name}{EXACT}", name)
     except EdgellmError as error:
         print(f"random_engines: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 1)

@@ -1,0 +1,41 @@
+"""The search for cuts, on an emulated device: every candidate launches, and what it says can be read."""
+
+from __future__ import annotations
+
+import linear_sweep
+import pytest
+from emulator.device import emulated_runner
+from emulator.driver import HOPPER, ORIN
+from linear_bench import BenchLinear, BenchModel
+
+from edgellm.cuda.launch import Device
+from edgellm.kernels.packing import PackedShape
+
+SMALL = BenchModel(
+    "small",
+    1,
+    {
+        "qkv": BenchLinear(PackedShape(64, 256, 4, 128, "zero_point"), "store", True),
+        "o": BenchLinear(PackedShape(256, 256, 4, 128, "zero_point"), "residual", False),
+        "gate-up": BenchLinear(PackedShape(64, 256, 4, 128, "zero_point", swiglu=True), "swiglu", True),
+        "down": BenchLinear(PackedShape(256, 512, 4, 64, "zero_point"), "residual", False),
+        "head": BenchLinear(PackedShape(96, 256, 4, 128, "zero_point"), "logits", True),
+    },
+)
+
+
+@pytest.mark.parametrize("device", [HOPPER, ORIN], ids=["sm_90", "sm_87"])
+def test_a_sweep_measures_every_linear_and_names_the_best(device: Device) -> None:
+    lines = list(linear_sweep.sweep(emulated_runner(device), [SMALL], [2], 1e9))
+    rows = [line.strip("| ").split(" | ") for line in lines[2:]]
+    assert all(len(row) == 5 and row[:2] == ["small", "2"] for row in rows)
+    assert {row[2] for row in rows if row[3] == "best"} == set(SMALL.linears)
+    tried = {row[2] for row in rows if row[3] != "best"}
+    assert tried == {"all", *SMALL.linears}
+    first, last = (float(row[3]) for row in (rows[0], rows[-1]))
+    assert last <= first
+
+
+def test_without_time_only_what_is_there_is_measured() -> None:
+    lines = list(linear_sweep.sweep(emulated_runner(HOPPER), [SMALL], [1], 0.0))
+    assert len(lines) == 2 + 1 + len(SMALL.linears) + 1
