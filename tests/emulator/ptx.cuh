@@ -156,7 +156,7 @@ DEVICE void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 
 namespace machine {
 
-template <class A, class B> inline void mma_bytes_work(Exchange* lanes, u32) {
+template <class A, class B> UNSEEN void mma_bytes_work(Exchange* lanes, u32) {
   int a[16][32], b[32][8];
   for (int lane = 0; lane < 32; lane++) {
     const int g = lane / 4, t = lane % 4;
