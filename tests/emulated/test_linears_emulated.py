@@ -10,6 +10,8 @@ from linear_checks import Case
 
 from edgellm.cuda.launch import Device
 
+pytestmark = pytest.mark.emulated
+
 CASES = (
     Case("residual in", 80, 576, 4, 32, "offset", "store", True),
     Case("residual out", 72, 576, 4, 32, "offset", "residual", False),

@@ -21,6 +21,8 @@ from edgellm.executor import cuda_kernels
 from edgellm.kernels.attention_shape import CacheKind
 from edgellm.memory.plan import Shape
 
+pytestmark = pytest.mark.emulated
+
 
 @pytest.fixture(autouse=True)
 def _emulated_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
