@@ -27,6 +27,8 @@ SHAPES = (
     shape(14, 2, 96, 64, int8=True, norm=True),
 )
 CHUNKS = ((16, 1, 0), (64, 50, 13), (32, 32, -32))
+LONG = (shape(3, 1, 64, 832), shape(8, 2, 128, 832, int8=True, norm=True), shape(4, 1, 80, 832, int8=True))
+"""Long enough for several parts of a prefill's keys, and several pieces of a decode's row for each block."""
 CUTS = {90: ((90, 4), (90, 132)), 87: ((87, 2), (87, 14))}
 DEVICES = pytest.mark.parametrize("device", [HOPPER, ORIN], ids=["sm_90", "sm_87"])
 
@@ -53,6 +55,25 @@ def test_prefill_attention(device: Device) -> None:
     runner = emulated_runner(device)
     attention_checks.prepare(runner, SHAPES, buckets=(), chunks=CHUNKS)
     assert_all(attention_checks.check_prefill(runner, rng, SHAPES, CHUNKS))
+
+
+@DEVICES
+def test_keys_are_parted_and_added_up(device: Device) -> None:
+    """Also where some of a chunk's tokens see nothing of the last part."""
+    rng = np.random.default_rng(2)
+    runner = emulated_runner(device, seed=4, copies="either")
+    lines = list(attention_checks.check_prefill(runner, rng, LONG, ((16, 13, -13), (64, 50, 740)), (132,)))
+    assert all("parts 16" in line for line, _ in lines)
+    assert_all(lines)
+
+
+@DEVICES
+def test_rows_of_many_pieces(device: Device) -> None:
+    """Dealt to more blocks than there are rows and heads, and to fewer."""
+    rng = np.random.default_rng(2)
+    runner = emulated_runner(device, seed=5, copies="either")
+    cuts = (*CUTS[device.sm], (87, 5))
+    assert_all(attention_checks.check_decode(runner, rng, LONG, buckets=(1, 3), cuts=cuts))
 
 
 @DEVICES
