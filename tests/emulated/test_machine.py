@@ -149,6 +149,32 @@ template <int N> __global__ void __launch_bounds__(64) right(const float* x, flo
   __syncthreads();  // of those that are left
 }
 
+// Blocks leave parts of a sum; whoever comes last adds them up. WRONG leaves out a barrier, or the counter.
+template <int WRONG> __global__ void __launch_bounds__(64)
+    join(const float* x, float* parts, int* counter, float* out) {
+  __shared__ bool last;
+  const int i = threadIdx.x;
+  parts[blockIdx.x * 64 + i] = x[blockIdx.x * 64 + i];
+  if (WRONG != 1) __syncthreads();
+  if (i == 0) {
+    __threadfence();
+    if (WRONG != 2) last = atomicAdd(counter, 1) == int(gridDim.x) - 1;
+    else last = blockIdx.x == gridDim.x - 1;
+    if (last) *counter = 0;
+    __threadfence();
+  }
+  __syncthreads();
+  if (!last) return;
+  float sum = 0.f;
+  for (int block = 0; block < int(gridDim.x); block++) sum += load_l2(parts + block * 64 + (i ^ 1));
+  out[i] = sum;
+}
+
+// Blocks write side by side, or all the same place.
+template <int WRONG> __global__ void __launch_bounds__(32) beside(u16* out) {
+  out[(WRONG ? 0 : blockIdx.x * 32) + threadIdx.x] = u16(blockIdx.x);
+}
+
 template <int N> __global__ void __launch_bounds__(32) first(float* y) { y[threadIdx.x] = 1.f; }
 
 // Waits too late, or, with N 1, in time.
@@ -317,6 +343,27 @@ def test_what_looks_wrong_and_is_not(compiler: EmulatedCompiler, device: Device,
     got = run(compiler, [launch], {"x": x, "out": x}, device=device, seed=seed)
     swapped = x[np.arange(64) ^ 1]
     assert np.array_equal(got["out"], swapped + swapped[np.arange(64) ^ 2] + 65)
+
+
+@ORDERS
+def test_blocks_join_by_a_counter(compiler: EmulatedCompiler, seed: int) -> None:
+    x = np.arange(5 * 64, dtype=np.float32)
+    arrays = {"x": x, "parts": poisoned((320,), np.float32), "counter": np.zeros(1, np.int32), "out": x[:64]}
+    arguments = (At("x"), At("parts"), At("counter"), At("out"))
+    got = run(compiler, [probe("join<0>", *arguments, threads=64, blocks=5)] * 2, arrays, seed=seed)
+    assert np.array_equal(got["out"], x.reshape(5, 64).sum(0)[np.arange(64) ^ 1])
+    for number in (1, 2):
+        launch = probe(f"join<{number}>", *arguments, threads=64, blocks=5)
+        with pytest.raises(EmulationError, match="of the same launch wrote, without an atomic and barriers"):
+            run(compiler, [launch], arrays, seed=seed)
+
+
+def test_blocks_do_not_write_the_same_place(compiler: EmulatedCompiler) -> None:
+    out = np.zeros(96, np.uint16)
+    got = run(compiler, [probe("beside<0>", At("out"), blocks=3)], {"out": out})
+    assert np.array_equal(got["out"], np.repeat(np.arange(3), 32))
+    with pytest.raises(EmulationError, match=r"writes what thread 0 of block [01] of the same launch wrote"):
+        run(compiler, [probe("beside<1>", At("out"), blocks=3)], {"out": out})
 
 
 def test_early_kernels_wait_for_what_they_read(compiler: EmulatedCompiler) -> None:

@@ -24,6 +24,8 @@ What ends a launch with an `EmulationError` that says which kernel, block, threa
 - two accesses to a word of shared memory by different threads, one a write, without a barrier in between:
   __syncthreads, __syncwarp within a warp, the same named barrier, a cluster's; a shuffle is none;
 - shared memory that is read, or written again, while a cp.async to it has not been waited for;
+- what one block reads, or writes, of what another one of the same launch wrote, unless atomics and barriers
+  lie between them;
 - any access beyond an allocation or a block's shared memory, or not aligned to its size;
 - a barrier that not all reach, a shuffle with a lane that has left, lanes of a warp that call different
   things;
@@ -39,6 +41,6 @@ cp.async copy when somebody waits for it, at the last moment that the kernel all
 issued, `"either"` both. With `seed` 0 lanes and warps run in order, each as far as it can; with others in an
 order drawn anew at each wait, blocks too.
 
-What it cannot show: how long anything takes, what NVRTC makes of the source, races between blocks through
-the device's memory, and the memory model (every store is seen at once, with or without __threadfence).
+What it cannot show: how long anything takes, what NVRTC makes of the source, and the memory model (every
+store is seen at once, with or without __threadfence).
 """

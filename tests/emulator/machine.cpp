@@ -102,7 +102,8 @@ struct Request {
 struct Launch {
   const Request& request;
   int blocks, cluster_size;
-  std::vector<int> order;  // of clusters
+  std::vector<Writer> atomics;  // by blocks: the last one on the device's memory
+  std::vector<int> order;       // of clusters
   std::vector<std::unique_ptr<Cluster>> clusters;
   std::atomic<int> next{0};
   std::atomic<bool> failed{false};
@@ -120,7 +121,7 @@ struct Launch {
 struct Block {
   Launch* launch;
   Cluster* cluster;
-  int rank;
+  int rank, number;
   uint3 index;
   std::vector<std::unique_ptr<Warp>> warps;  // as many as any block had
   int warp_count, live, current;
@@ -482,7 +483,10 @@ static void access_shared(Block& b, u32 address, std::size_t size, bool write, b
   }
 }
 
-static void access_global(std::uintptr_t at, std::size_t size, std::size_t alignment, bool write) {
+enum How { READ, WRITE, ATOMIC, COPY };
+
+static void access_global(std::uintptr_t at, std::size_t size, std::size_t alignment, How how) {
+  const bool write = how == WRITE || how == ATOMIC;
   Region*& last = last_region;
   Block& b = *block_here;
   if (last_version != memory.version || !last || !last->holds(at, size)) {
@@ -498,18 +502,31 @@ static void access_global(std::uintptr_t at, std::size_t size, std::size_t align
   }
   if (at % alignment)
     fail("%s %zu bytes at %p, which is no multiple of %zu", write ? "writes" : "reads", size, (void*)at, alignment);
-  const Request& request = b.launch->request;
-  u32* const first = last->written.data() + (at - last->begin) / 4;
-  u32* const end = last->written.data() + (at + size + 3 - last->begin) / 4;
-  const bool alone = !request.early || me().waited;
-  if (write) {
-    if (!alone) fail("writes to the device's memory before wait_for_previous");
-    std::fill(first, end, request.number);
-  } else if (!alone) {
-    for (const u32* word = first; word < end; word++)
-      if (*word >= request.chain && *word != request.number)
-        fail("reads, before wait_for_previous, what the launch %u in front of it writes", request.number - *word);
+  const Launch& launch = *b.launch;
+  const Request& request = launch.request;
+  const Fiber& self = me();
+  const Writer here{request.number, u32(b.number), self.now.epoch, u16(self.now.warp), u16(self.thread)};
+  if (request.early && !self.waited && how != READ && how != COPY)
+    fail("writes to the device's memory before wait_for_previous");
+  Writer* const first = last->writers.data() + (at - last->begin) / GRAIN;
+  Writer* const end = last->writers.data() + (at + size + GRAIN - 1 - last->begin) / GRAIN;
+  for (Writer* writer = first; writer < end; writer++) {
+    const Writer was = *writer;
+    if (was.launch == here.launch) {
+      // Another block's: it must have said so by an atomic, and this block must have heard. What a copy brings may be
+      // in flux if nobody looks at it.
+      if (was.block != here.block && (how == READ || how == WRITE)) {
+        const Writer &said = launch.atomics[was.block], &heard = launch.atomics[here.block];
+        if (said.launch != here.launch || !was.before(said) || heard.launch != here.launch || !heard.before(here))
+          fail("%s what thread %u of block %u of the same launch wrote, without an atomic and barriers between them",
+               how == READ ? "reads" : "writes", was.thread, was.block);
+      }
+    } else if (request.early && !self.waited && was.launch >= request.chain) {
+      fail("reads, before wait_for_previous, what the launch %u in front of it writes", here.launch - was.launch);
+    }
+    if (how == WRITE || how == ATOMIC) *writer = here;
   }
+  if (how == ATOMIC) b.launch->atomics[b.number] = here;
 }
 
 static void access(const void* p, std::size_t size, std::size_t alignment, bool write, bool atomic = false) {
@@ -532,7 +549,7 @@ static void access(const void* p, std::size_t size, std::size_t alignment, bool 
   if (std::size_t(byte - (b.dynamic - FENCE)) < b.dynamic_size + 2 * FENCE)
     fail("%s %zu bytes at %td of %zu of dynamic shared memory", write ? "writes" : "reads", size, byte - b.dynamic,
          b.dynamic_size);
-  access_global(at, size, alignment, write);
+  access_global(at, size, alignment, atomic ? ATOMIC : write ? WRITE : READ);
 }
 
 // What g++ puts in front of every access with -fsanitize=thread.
@@ -578,7 +595,7 @@ extern "C" const void* machine_check_shared(const void* p, std::size_t size, std
 
 extern "C" void machine_check_global(const void* p, std::size_t size, std::size_t alignment) {
   NOTE_PLACE();
-  access_global(std::uintptr_t(p), size, alignment, false);
+  access_global(std::uintptr_t(p), size, alignment, READ);
 }
 
 static void copy_now(const Copy& copy) {
@@ -601,7 +618,7 @@ extern "C" void machine_copy_async(u32 shared, const void* global, bool wanted) 
   Block& b = *block_here;
   u8* const to = shared_at(b, shared, 16, 16, "copy_async");
   if (wanted)
-    machine_check_global(global, 16, 16);
+    access_global(std::uintptr_t(global), 16, 16, COPY);
   else if (std::uintptr_t(global) % 16)
     fail("copy_async from %p, no multiple of 16", global);
   access_shared(b, shared, 16, true, false, true);
@@ -765,7 +782,7 @@ struct Worker {
   void run(Launch& launch, Cluster& cluster, int rank, int number) {
     const Request& request = launch.request;
     Block& b = block;
-    b.launch = &launch, b.cluster = &cluster, b.rank = rank;
+    b.launch = &launch, b.cluster = &cluster, b.rank = rank, b.number = number;
     b.index = {u32(number) % request.grid[0], u32(number) / request.grid[0] % request.grid[1],
                u32(number) / request.grid[0] / request.grid[1]};
     b.waited = b.failed = b.finished = false;
@@ -947,6 +964,7 @@ extern "C" int machine_launch(const Request* request) {
                   std::to_string(request->grid[2]) + " blocks is none of whole clusters");
   if (launch.cluster_size > MOST_CLUSTER) launch.fail("clusters of more than 16 blocks");
   if (launch.failed) return 1;
+  launch.atomics.resize(launch.blocks);
   const int clusters = launch.blocks / launch.cluster_size;
   for (int i = 0; i < clusters; i++) {
     launch.clusters.push_back(std::make_unique<Cluster>());

@@ -1,4 +1,4 @@
-// The device's memory: its allocations, and which launch wrote each word last.
+// The device's memory: its allocations, and who wrote each piece of them last.
 #pragma once
 
 #include <algorithm>
@@ -8,9 +8,24 @@
 
 namespace machine {
 
+// A thread of a block of a launch, in terms of the barriers that it had passed: see races.hpp.
+struct Writer {
+  std::uint32_t launch, block, epoch;
+  std::uint16_t warp, thread;
+
+  // Whether a thread of the same block, that was there, came after a barrier since.
+  bool before(const Writer& other) const {
+    return thread == other.thread || epoch < other.epoch ||
+           (epoch == other.epoch && thread / 32 == other.thread / 32 && warp < other.warp);
+  }
+};
+
+// Bytes that have a writer together: the smallest that different blocks write side by side.
+constexpr std::size_t GRAIN = 2;
+
 struct Region {
   std::uintptr_t begin, end;
-  std::vector<std::uint32_t> written;  // by words of 4 bytes: numbers of launches
+  std::vector<Writer> writers;  // by grains
 
   bool holds(std::uintptr_t at, std::size_t size) const { return at >= begin && at + size <= end; }
 };
@@ -23,7 +38,7 @@ class Memory {
   void add(void* p, std::size_t size) {
     auto region = std::make_unique<Region>();
     region->begin = std::uintptr_t(p), region->end = region->begin + size;
-    region->written.resize((size + 3) / 4);
+    region->writers.resize((size + GRAIN - 1) / GRAIN);
     regions.insert(above(region->begin), std::move(region));
     version++;
   }

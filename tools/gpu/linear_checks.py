@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from runner import Runner, poisoned
 
 from edgellm.cuda.launch import At, Launch
-from edgellm.kernels.gemm import TILES, Tile, prefill_linear, prefill_workspace
+from edgellm.kernels.gemm import TILES, Tile, prefill_linear, prefill_workspace, tile_workspace
 from edgellm.kernels.gemm import shared_bytes as gemm_shared_bytes
 from edgellm.kernels.linear import (
     BUCKETS,
@@ -254,6 +254,8 @@ def check_prefill(
     residual = case.epilogue == "residual"
     old = rng.standard_normal((tokens, shape.outputs)).astype(np.float32)
     workspace = prefill_workspace(shape, tokens, runner.device)
+    if tile is not None:
+        workspace = tile_workspace(shape, tokens, tile)
     arrays: dict[str, Array] = {
         "weights": matrix.packed,
         "chunk": np.array([0, 0, count, 0], np.int32),
@@ -363,9 +365,11 @@ def checks(
 
 
 def _tiles(shape: PackedShape, runner: Runner, *, every: bool) -> list[Tile | None]:
-    """What the device takes; `every`: and some of the tiles that fit."""
+    """What the device takes; `every`: and some of the tiles that fit, the smallest in two splits, too."""
     fitting = [tile for tile in TILES if gemm_shared_bytes(shape, tile) <= runner.device.shared_per_block]
-    return [None, *(fitting[:: max(1, len(fitting) // 3)] if every else [])]
+    smallest = fitting[-1]
+    parted = [replace(smallest, splits=2)] if shape.k // 64 >= 2 * smallest.stages else []
+    return [None, *([*fitting[:: max(1, len(fitting) // 3)], *parted] if every else [])]
 
 
 def _launches(runner: Runner, case: Case, matrix: Matrix, rows: int, cut: Tuning) -> list[Launch]:
