@@ -21,8 +21,9 @@ from edgellm.sampling import SamplingParams
 
 MAX_MEAN_KL: Final = 0.005
 """Of the positions of a case: what rounding activations to 16 bits costs stays well below."""
-MAX_MEAN_KL_CPU: Final = 0.02
-"""The CPU executor rounds them to 8: SmolLM2 has 0.003 over a long text, up to 0.011 over eight tokens."""
+MAX_MEAN_KL_CPU: Final = 0.05
+"""The CPU executor rounds them to 8: SmolLM2 has 0.003 over a long text, and up to 0.037 at single places,
+which some cases are."""
 CLOSE: Final = 0.5
 """Nats between the reference's two best tokens, up to which rounding may swap them."""
 

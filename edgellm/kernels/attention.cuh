@@ -89,11 +89,18 @@ DEVICE u16 quantise(const Pairs<D>& x, int lane, Store store) {
   return scale;
 }
 
-// Two of a word's four codes as float16: SELECT 0x4140 takes bytes 0 and 1, 0x4342 2 and 3, 0x4240 0 and 2, 0x4341
-// 1 and 3. A code in the low byte of 0x6400 is 1024 + code.
+// A query beside such keys: 256 · high + low, both of them signed bytes, the largest at ±this. These 16 bits round it less
+// than float16 does, and its products with keys are exact.
+constexpr float LARGEST_CODE = 127 * 256 + 127;
+
+// A value's code is taken for a float16 as it is, a subnormal: BYTE · code, which has CODE_EXCESS too much. These are two
+// of a word's four: SELECT 0x4240 takes bytes 0 and 2, 0x4341 1 and 3.
+constexpr float BYTE = 1.f / (1 << 24), CODE_EXCESS = 128 * BYTE;
+constexpr u32 HALF2_ONES = 0x3c003c00u;
+
 template <u32 SELECT>
 DEVICE u32 codes_to_half2(u32 word) {
-  return half2_subtract(__byte_perm(word, 0x64646464u, SELECT), 0x64806480u);  // 1152 = 1024 + 128
+  return __byte_perm(word, 0u, SELECT);
 }
 
 // Probabilities are multiplied by their token's value scale before they become float16. This factor keeps small

@@ -114,7 +114,12 @@ __global__ void __launch_bounds__(WARPS * 32, 2)
 
   // Rows g and g + 8 of the warp's 16.
   int row[2], limit[2];  // the last key that a row sees
-  u32 q[STEPS][4];
+  // Of float16s their fragments. A byte cache's keys are multiplied as bytes: q = q_scale · (256 · high + low), both
+  // signed bytes, whose fragments are these; q_start takes off what keys have too much, 128.
+  constexpr int BYTE_STEPS = (D + 31) / 32;
+  u32 q[INT8 ? 2 * BYTE_STEPS : STEPS][4];
+  float q_scale[2] = {1.f, 1.f};
+  int q_start[2];
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     row[half] = first_row + warp * 16 + g + 8 * half;
@@ -122,12 +127,46 @@ __global__ void __launch_bounds__(WARPS * 32, 2)
     const bool there = row[half] < row_count;
     limit[half] = there ? here.past + token : -1;
     const u16* const from = qkv + u64(there ? token : 0) * WIDTH + (head * QUERIES + row[half] % QUERIES) * D;
+    if constexpr (INT8) {
+      float x[BYTE_STEPS][2][4], most = 0.f;
 #pragma unroll
-    for (int s = 0; s < STEPS; s++) {
-      // A byte cache's fragments have four neighbours where halves have two and two.
-      const int low = s * 16 + (INT8 ? 4 * t : 2 * t), high = low + (INT8 ? 2 : 8);
-      q[s][half] = there ? load_l2((const u32*)(from + low)) : 0u;
-      q[s][half + 2] = there ? load_l2((const u32*)(from + high)) : 0u;
+      for (int s = 0; s < BYTE_STEPS; s++)
+#pragma unroll
+        for (int side = 0; side < 2; side++) {
+          const int at = s * 32 + side * 16 + 4 * t;
+          const uint2 w = there && at < D ? load_l2((const uint2*)(from + at)) : make_uint2(0u, 0u);
+          const float2 a = half2_to_float2(w.x), b = half2_to_float2(w.y);
+          float(&v)[4] = x[s][side];
+          v[0] = a.x, v[1] = a.y, v[2] = b.x, v[3] = b.y;
+          most = fmaxf(most, fmaxf(fmaxf(fabsf(a.x), fabsf(a.y)), fmaxf(fabsf(b.x), fabsf(b.y))));
+        }
+      most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, 1));
+      most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, 2));
+      const float inverse = most > 0.f ? LARGEST_CODE / most : 0.f;
+      q_scale[half] = fmaxf(most / LARGEST_CODE, 1e-20f);  // above 0, so that NOTHING stays what it is
+      int sum = 0;
+#pragma unroll
+      for (int s = 0; s < BYTE_STEPS; s++)
+#pragma unroll
+        for (int side = 0; side < 2; side++) {
+          u32 high = 0, low = 0;
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            const int code = int(rintf(x[s][side][i] * inverse));
+            sum += code;
+            high |= u32((code + 128) >> 8 & 255) << 8 * i, low |= u32(code & 255) << 8 * i;
+          }
+          q[s][half + 2 * side] = high, q[BYTE_STEPS + s][half + 2 * side] = low;
+        }
+      sum += __shfl_xor_sync(FULL_WARP, sum, 1);
+      sum += __shfl_xor_sync(FULL_WARP, sum, 2);
+      q_start[half] = -128 * sum;
+    } else {
+#pragma unroll
+      for (int s = 0; s < STEPS; s++) {
+        q[s][half] = there ? load_l2((const u32*)(from + s * 16 + 2 * t)) : 0u;
+        q[s][half + 2] = there ? load_l2((const u32*)(from + s * 16 + 2 * t + 8)) : 0u;
+      }
     }
   }
   // Warps wholly before a tile skip it; a tile wholly before the warp's first row needs no mask.
@@ -137,6 +176,7 @@ __global__ void __launch_bounds__(WARPS * 32, 2)
 
   float o[2 * STEPS][4] = {};
   float largest[2] = {NOTHING, NOTHING}, sum[2] = {};
+  float weight[4] = {};  // of bytes: what the last tile's values have been multiplied by, of rows g and g + 8 twice
 #pragma unroll 1
   for (int tile = begin; tile < tiles; tile++) {
     copy_async_wait<STAGES - 2>();
@@ -146,25 +186,31 @@ __global__ void __launch_bounds__(WARPS * 32, 2)
     if (!warp_there || key0 > warp_last) continue;
     const u8* const stage = ring + (tile % STAGES) * STAGE;
 
-    float c[TILES][4];
-#pragma unroll
-    for (int n = 0; n < TILES; n++) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0.f;
+    float c[TILES][4];  // of bytes in units of q_scale
     if constexpr (INT8) {
       const u8* const at = stage + ((lane >> 4) * 8 + (lane & 7)) * Cache::STRIDE + (lane >> 3 & 1) * 16;
 #pragma unroll
-      for (int n = 0; n < TILES; n += 2)
+      for (int n = 0; n < TILES; n += 2) {
+        u32 w[BYTE_STEPS][4];  // keys n: 16 and 16 bytes; keys n + 1: the same
 #pragma unroll
-        for (int s = 0; s < STEPS; s += 2) {
-          u32 w[4];  // keys n: d of step s, s + 1; keys n + 1: the same
-          load_matrices(w, at + n * 8 * Cache::STRIDE + s * 16);
+        for (int s = 0; s < BYTE_STEPS; s++) load_matrices(w[s], at + n * 8 * Cache::STRIDE + s * 32);
+        int sums[2][4] = {};
 #pragma unroll
-          for (int half = 0; half < 2 && s + half < STEPS; half++) {
-            const u32(&a)[4] = q[s + half];
-            mma(c[n], a[0], a[1], a[2], a[3], codes_to_half2<0x4140>(w[half]), codes_to_half2<0x4342>(w[half]));
-            mma(c[n + 1], a[0], a[1], a[2], a[3], codes_to_half2<0x4140>(w[half + 2]),
-                codes_to_half2<0x4342>(w[half + 2]));
-          }
+        for (int part = 0; part < 2; part++) {
+#pragma unroll
+          for (int s = 0; s < BYTE_STEPS; s++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+              const u32(&a)[4] = q[part * BYTE_STEPS + s];
+              mma_signed_bytes(sums[i], a[0], a[1], a[2], a[3], w[s][2 * i], w[s][2 * i + 1]);
+            }
+          if (part == 0)
+#pragma unroll
+            for (int e = 0; e < 8; e++) sums[e / 4][e % 4] = sums[e / 4][e % 4] * 256 + q_start[e % 4 / 2];
         }
+#pragma unroll
+        for (int e = 0; e < 8; e++) c[n + e / 4][e % 4] = float(sums[e / 4][e % 4]);
+      }
       const u16* const of = (const u16*)(stage + 2 * MATRIX);
 #pragma unroll
       for (int n = 0; n < TILES; n++) {
@@ -173,6 +219,8 @@ __global__ void __launch_bounds__(WARPS * 32, 2)
       }
     } else {
       const u8* const at = stage + ((lane >> 4) * 8 + (lane & 7)) * Cache::STRIDE + (lane >> 3 & 1) * 16;
+#pragma unroll
+      for (int n = 0; n < TILES; n++) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0.f;
 #pragma unroll
       for (int s = 0; s < STEPS; s++)
 #pragma unroll
@@ -200,22 +248,26 @@ __global__ void __launch_bounds__(WARPS * 32, 2)
       for (int n = 0; n < TILES; n++) m = fmaxf(m, fmaxf(c[n][2 * half], c[n][2 * half + 1]));
       m = fmaxf(m, __shfl_xor_sync(FULL_WARP, m, 1));
       m = fmaxf(m, __shfl_xor_sync(FULL_WARP, m, 2));
-      shrink[half] = exp2_fast(largest[half] - m);
+      shrink[half] = exp2_fast((largest[half] - m) * q_scale[half]);
       largest[half] = m;
       // The first part's first tile has a key for every row; another part may have none, and no weight then.
-      const float reference = PARTED && m == NOTHING ? 0.f : m;
+      const float reference = (PARTED && m == NOTHING ? 0.f : m) * q_scale[half];
       float s = 0.f;
 #pragma unroll
       for (int n = 0; n < TILES; n++) {
-        c[n][2 * half] = exp2_fast(c[n][2 * half] - reference);
-        c[n][2 * half + 1] = exp2_fast(c[n][2 * half + 1] - reference);
+        c[n][2 * half] = exp2_fast(c[n][2 * half] * q_scale[half] - reference);
+        c[n][2 * half + 1] = exp2_fast(c[n][2 * half + 1] * q_scale[half] - reference);
         s += c[n][2 * half] + c[n][2 * half + 1];
       }
       sum[half] = sum[half] * shrink[half] + s;
     }
 #pragma unroll
-    for (int n = 0; n < 2 * STEPS; n++)
-      o[n][0] *= shrink[0], o[n][1] *= shrink[0], o[n][2] *= shrink[1], o[n][3] *= shrink[1];
+    for (int e = 0; e < 4; e++) {
+      const float f = shrink[e >> 1], excess = INT8 ? CODE_EXCESS * weight[e] * f : 0.f;
+#pragma unroll
+      for (int n = 0; n < 2 * STEPS; n++) o[n][e] = o[n][e] * f - excess;
+      weight[e] = 0.f;
+    }
 
     if (INT8) {
       const u16* const of = (const u16*)(stage + 2 * MATRIX) + KEYS;
@@ -235,6 +287,7 @@ __global__ void __launch_bounds__(WARPS * 32, 2)
       const u8* const at =
           stage + MATRIX + (k * 16 + (lane >> 3 & 1) * 8 + (lane & 7)) * Cache::STRIDE + (lane >> 4) * 16;
       if constexpr (INT8) {
+        mma(weight, a0, a1, a2, a3, HALF2_ONES, HALF2_ONES);
         // A 16-bit element is two neighbours of d: one product takes the even ones, one the odd.
 #pragma unroll
         for (int s = 0; s < STEPS; s += 2) {
@@ -259,6 +312,13 @@ __global__ void __launch_bounds__(WARPS * 32, 2)
     }
   }
 
+  constexpr float UNIT = INT8 ? 1.f / (VALUE_SCALE_FACTOR * BYTE) : 1.f;  // of o
+  if constexpr (INT8) {
+#pragma unroll
+    for (int n = 0; n < 2 * STEPS; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) o[n][e] -= CODE_EXCESS * weight[e];
+  }
   const int parts = PARTED ? part_count : 1;
   auto place_of = [&](int row) {
     return out + u64(row / QUERIES) * HEADS * D + (head * QUERIES + row % QUERIES) * D;
@@ -270,12 +330,12 @@ __global__ void __launch_bounds__(WARPS * 32, 2)
     s += __shfl_xor_sync(FULL_WARP, s, 1);
     s += __shfl_xor_sync(FULL_WARP, s, 2);
     if (row[half] >= row_count) continue;
-    const float r = (INT8 ? 1.f / VALUE_SCALE_FACTOR : 1.f) / s;
+    const float r = UNIT / s;
     u16* const to = place_of(row[half]);
     const int in_block = row[half] - first_row;
     float* const part = sums_of_rows + blockIdx.z * PARTIAL;
     float* const sums = part + ROWS * 2 + in_block * D;
-    if (PARTED && parts > 1 && t == 0) ((float2*)part)[in_block] = make_float2(largest[half], s);
+    if (PARTED && parts > 1 && t == 0) ((float2*)part)[in_block] = make_float2(largest[half] * q_scale[half], s);
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
       const float a0 = o[2 * step][2 * half], a1 = o[2 * step][2 * half + 1];
@@ -334,7 +394,7 @@ __global__ void __launch_bounds__(WARPS * 32, 2)
       for (int i = 0; i < ABREAST; i++) {
         const int row = first_row + in_block + i;
         if (lane >= D / 4 || row >= row_count) continue;
-        const float r = (INT8 ? 1.f / VALUE_SCALE_FACTOR : 1.f) / total[i];
+        const float r = UNIT / total[i];
         ((uint2*)place_of(row))[lane] =
             make_uint2(pack_half2(v[i].x * r, v[i].y * r), pack_half2(v[i].z * r, v[i].w * r));
       }

@@ -19,17 +19,15 @@ struct Queries {
   }
 };
 
-// A byte cache's keys are multiplied as bytes: x = scale · (256 · high + low), both signed bytes, so a query has
-// 16 bits where a float16 has 11, and its products with keys are exact.
+// A byte cache's keys are multiplied as bytes: x = scale · (256 · high + low).
 template <int D, int QUERIES>
 struct Queries<D, QUERIES, true> {
   static constexpr int WIDTH = (D + 31) / 32 * 32;  // zeros from D on
-  static constexpr float LARGEST = 127 * 256 + 127;
   u8 codes[QUERIES][2][WIDTH + 16];  // high, low
   float scales[QUERIES];
 
   DEVICE void store(int which, const Pairs<D>& x, int lane, float scale) {
-    const float largest = largest_of<D>(x), inverse = largest > 0.f ? LARGEST / largest : 0.f;
+    const float largest = largest_of<D>(x), inverse = largest > 0.f ? LARGEST_CODE / largest : 0.f;
     auto put = [&](int j, float v) {
       const int code = int(rintf(v * inverse)), high = (code + 128) >> 8;
       codes[which][0][j] = u8(high), codes[which][1][j] = u8(code);
@@ -41,7 +39,7 @@ struct Queries<D, QUERIES, true> {
         put(lane + 32 * e + D / 2, x.second[e]);
       }
     if (lane < WIDTH - D) codes[which][0][D + lane] = codes[which][1][D + lane] = 0;
-    if (lane == 0) scales[which] = largest * scale / LARGEST;
+    if (lane == 0) scales[which] = largest * scale / LARGEST_CODE;
   }
 };
 
@@ -54,8 +52,6 @@ class TileSums {
   static constexpr int MATRIX = TILE * Cache::STRIDE;
   // A key's bytes are multiplied by two columns for each query head, high and low.
   static constexpr int KEY_PRODUCTS = INT8 ? GROUPS * COLUMNS : GROUPS, KEY_STEPS = INT8 ? (D + 31) / 32 : STEPS;
-  // Values' bytes are taken for float16s as they are, which are 2^-24 · byte, and hold 128 too much.
-  static constexpr float BYTE = 1.f / (1 << 24), EXCESS = 128 * BYTE;
   // Of how many tiles the excess adds up before it is taken off: at 128 to an average of a few, float32 would not hold
   // thousands.
   static constexpr int MOST_EXCESS = 8;
@@ -279,7 +275,7 @@ class TileSums {
     for (int group = 0; group < GROUPS; group++)
 #pragma unroll
       for (int column = 0; column < COLUMNS; column++) {
-        const float f = shrink[group][column], excess = INT8 ? EXCESS * weight_[group][column] * f : 0.f;
+        const float f = shrink[group][column], excess = INT8 ? CODE_EXCESS * weight_[group][column] * f : 0.f;
 #pragma unroll
         for (int s = 0; s < STEPS; s++) {
           o_[group][s][column] = o_[group][s][column] * f - excess;
@@ -295,7 +291,7 @@ class TileSums {
       const u8* const at = values + ((lane_ >> 3 & 1) * 8 + (lane_ & 7)) * Cache::STRIDE + (lane_ >> 4) * 16;
 #pragma unroll
       for (int group = 0; group < GROUPS; group++)
-        mma(weight_[group], 0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u, p[group][0], p[group][1]);
+        mma(weight_[group], HALF2_ONES, HALF2_ONES, HALF2_ONES, HALF2_ONES, p[group][0], p[group][1]);
 #pragma unroll
       for (int s = 0; s < STEPS; s += 2) {
         u32 w[4];
@@ -303,8 +299,8 @@ class TileSums {
 #pragma unroll
         for (int half = 0; half < 2 && s + half < STEPS; half++) {
           const u32 low = w[2 * half], high = w[2 * half + 1];
-          const u32 a0 = __byte_perm(low, 0u, 0x4240), a1 = __byte_perm(low, 0u, 0x4341);
-          const u32 a2 = __byte_perm(high, 0u, 0x4240), a3 = __byte_perm(high, 0u, 0x4341);
+          const u32 a0 = codes_to_half2<0x4240>(low), a1 = codes_to_half2<0x4341>(low);
+          const u32 a2 = codes_to_half2<0x4240>(high), a3 = codes_to_half2<0x4341>(high);
 #pragma unroll
           for (int group = 0; group < GROUPS; group++)
             mma(o_[group][s + half], a0, a1, a2, a3, p[group][0], p[group][1]);

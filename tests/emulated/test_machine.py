@@ -176,6 +176,23 @@ template <int WRONG, int BLOCKS> __global__ void __cluster_dims__(BLOCKS, 1, 1) 
   out[blockIdx.x * 32 + i] = theirs[i] + left;
   if (WRONG != 3) cluster_barrier();
 }
+
+// Whoever has arrived may leave; block 0 has the sum of what all brought.
+template <int BLOCKS> __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(64)
+    gather(const float* x, float* out) {
+  DYNAMIC_SHARED(shared);
+  float* const brought = (float*)shared;
+  const int i = threadIdx.x;
+  cluster_barrier();
+  const u32 here = shared_address(brought + blockIdx.x % BLOCKS * 64 + i);
+  store_cluster(cluster_address(here, 0), x[blockIdx.x * 64 + i]);
+  cluster_arrive();
+  if (blockIdx.x % BLOCKS) return;
+  cluster_wait();
+  float sum = 0.f;
+  for (int block = 0; block < BLOCKS; block++) sum += brought[block * 64 + (i + 1) % 64];
+  out[blockIdx.x / BLOCKS * 64 + i] = sum;
+}
 #endif
 """
 
@@ -330,6 +347,14 @@ def test_clusters_exchange(compiler: EmulatedCompiler, seed: int) -> None:
     got = run(compiler, [launch], {"x": x, "out": poisoned((256,), np.float32)}, seed=seed)
     rings = x.reshape(2, 4, 32)
     assert np.array_equal(got["out"].reshape(2, 4, 32), 2 * np.roll(rings, 1, axis=1))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_clusters_blocks_leave_early(compiler: EmulatedCompiler, seed: int) -> None:
+    x = np.arange(3 * 8 * 64, dtype=np.float32)
+    launch = probe("gather<8>", At("x"), At("out"), threads=64, blocks=24, shared=8 * 64 * 4)
+    got = run(compiler, [launch], {"x": x, "out": poisoned((192,), np.float32)}, seed=seed)
+    assert np.array_equal(got["out"].reshape(3, 64), np.roll(x.reshape(3, 8, 64).sum(1), -1, axis=1))
 
 
 @pytest.mark.parametrize(

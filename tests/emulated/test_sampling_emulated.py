@@ -1,26 +1,50 @@
-"""Sampling kernels on the emulated device: what cannot be chosen from is told."""
+"""Sampling and the inputs of a TensorRT plan on the emulated device, beside the host's sampler and numpy."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from collections.abc import Iterable
 
+import feed_checks
 import numpy as np
 import pytest
-from emulator.compile import EmulatedCompiler
-from emulator.driver import HOPPER, EmulatedDriver
+import sample_checks
+from emulator.device import emulated_runner
+from emulator.driver import HOPPER, ORIN
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "gpu"))
+from edgellm.cuda.launch import Device
 
-from runner import Runner
-from sample_checks import check_emptied, check_status
-
-from edgellm.cuda.driver import Driver
+DEVICES = pytest.mark.parametrize("device", [HOPPER, ORIN], ids=["sm_90", "sm_87"])
 
 
-@pytest.mark.parametrize("check", [check_emptied, check_status])
-def test_a_row_without_a_choice_says_why(check: object) -> None:
-    runner = Runner(Driver(api=EmulatedDriver(HOPPER)), EmulatedCompiler())
-    lines = list(check(runner, np.random.default_rng(5)))  # type: ignore[operator]
-    assert lines
-    assert [line for line, good in lines if not good] == []
+def assert_all(lines: Iterable[tuple[str, bool]]) -> None:
+    """That every check is well."""
+    found = list(lines)
+    bad = [line for line, good in found if not good]
+    assert found and not bad, "\n".join(bad)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_tokens_are_the_host_samplers(seed: int) -> None:
+    runner, rng = emulated_runner(ORIN, seed=seed), np.random.default_rng(seed)
+    # 4,099 are more than can be listed, so that histograms are needed.
+    assert_all(sample_checks.check_against_host(runner, rng, (50, 4099)))
+
+
+@DEVICES
+def test_adjusted_tokens_are_the_host_samplers(device: Device) -> None:
+    runner, rng = emulated_runner(device, seed=1), np.random.default_rng(1)
+    assert_all(sample_checks.check_adjusted(runner, rng, ((50, 0.0), (4099, 9.0))))
+
+
+@DEVICES
+def test_what_cannot_be_sampled_is_told(device: Device) -> None:
+    runner, rng = emulated_runner(device, seed=1), np.random.default_rng(1)
+    assert_all(sample_checks.check_status(runner, rng))
+    assert_all(sample_checks.check_emptied(runner, rng))
+
+
+@DEVICES
+def test_inputs_of_a_plan(device: Device) -> None:
+    runner, rng = emulated_runner(device, seed=1), np.random.default_rng(1)
+    assert_all(feed_checks.check_rows(runner, rng))
+    assert_all(feed_checks.check_chunk(runner, rng))

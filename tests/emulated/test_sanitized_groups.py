@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 from emulator.compile import EmulatedCompiler
 from emulator.driver import HOPPER, EmulatedDriver
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "gpu"))
-
 from sanitized import GROUPS, RAN, Naming
 
 from edgellm.cuda.driver import Driver

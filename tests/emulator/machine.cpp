@@ -41,6 +41,7 @@ struct Fiber {
   const char* what;  // it waits in
   Collective work;
   u32 mask;
+  bool waited;       // for the kernel in front
   bool arrived;      // at the cluster's barrier, and has not waited
   bool with_memory;  // what was written before it arrived is seen by who waits
   u64 phase, waits;  // of it
@@ -66,15 +67,16 @@ struct Cluster {
   std::mutex lock;
   std::condition_variable changed;
   Block* blocks[MOST_CLUSTER] = {};
-  int size = 1, expected = 0, arrived = 0, unfinished = 0, asleep = 0;
-  int leaving = 0;  // of those that have arrived
+  int size = 1, threads = 0, unfinished = 0, asleep = 0;
+  int arrived = 0, left = 0, gone = 0;  // left: of those that have arrived; gone: without having to
+
   u64 phase = 0;
   bool failed = false;
 
   void complete_if_all() {
-    if (expected > 0 && arrived == expected) {
-      expected -= leaving;
-      arrived = asleep = leaving = 0;
+    if (arrived && arrived + gone == threads) {
+      gone += left;
+      arrived = left = asleep = 0;
       phase++;
       changed.notify_all();
     }
@@ -130,7 +132,8 @@ struct Block {
   std::size_t dynamic_size;
   u8* fixed;  // static shared memory
   std::size_t fixed_size;
-  std::vector<Word> words;  // of both, dynamic first
+  std::vector<Unit> units;  // of both, dynamic first
+  std::size_t static_place() const { return (dynamic_size + 15) / 16 * 16; }
   u32 first_epoch;
   std::uintptr_t stacks, stacks_end, module, module_end;
   std::uintptr_t where;  // in the module, of what a lane does now
@@ -149,8 +152,12 @@ struct Block {
 };
 
 static Memory memory;
-static thread_local Block* block_here = nullptr;
-static thread_local Fiber* fiber_here = nullptr;
+// Where every access looks first: at a fixed place, not where __tls_get_addr finds it.
+#define NEAR static __thread __attribute__((tls_model("initial-exec")))
+NEAR Block* block_here = nullptr;
+NEAR Fiber* fiber_here = nullptr;
+NEAR Region* last_region = nullptr;
+NEAR u64 last_version = 0;
 
 static Fiber& me() { return *fiber_here; }
 
@@ -404,7 +411,7 @@ extern "C" void machine_store_cluster(u32 there, const void* from, int size) {
 
 // ---- dependent launch
 
-extern "C" void machine_waited() { block_here->waited = true; }
+extern "C" void machine_waited() { block_here->waited = me().waited = true; }
 extern "C" void machine_dependents() {}
 
 // ---- memory
@@ -432,55 +439,54 @@ static void access_shared(Block& b, u32 address, std::size_t size, bool write, b
   Fiber& self = me();
   const char* const what = write ? "writes" : "reads";
   const u8* const at = shared_at(b, address, size, 1, what);
-  const std::size_t first = address < STATIC_WINDOW ? address : (b.dynamic_size + 3) / 4 * 4 + address - STATIC_WINDOW;
+  const std::size_t first = address < STATIC_WINDOW ? address : b.static_place() + address - STATIC_WINDOW;
   for (std::size_t begin = first; begin < first + size;) {
-    const std::size_t end = std::min(first + size, begin / 4 * 4 + 4);
-    const u8 bytes = u8(((1u << (end - begin)) - 1) << begin % 4);
-    Word& word = b.words[begin / 4];
-    const u8* const here = at + (begin - first) - begin % 4;
-    const bool known = word.write.bytes & bytes && word.write.when.epoch >= b.first_epoch;
-    if (known && word.on_its_way && !pending)
-      fail("%s at shared address %u, where a copy_async of thread %u is under way", what, address, word.write.thread);
-    if (known && word.agreed & bytes) {
-      u32 value = 0, mask = 0;
-      std::memcpy(&value, here, 4);
-      for (int i = 0; i < 4; i++) mask |= word.agreed >> i & 1 ? 0xffu << 8 * i : 0;
-      if ((value ^ word.value) & mask)
+    const std::size_t end = std::min(first + size, begin / UNIT * UNIT + UNIT);
+    const u8 bytes = u8(((1u << (end - begin)) - 1) << begin % UNIT);
+    Unit& unit = b.units[begin / UNIT];
+    const u8* const here = at + (begin - first) - begin % UNIT;
+    const bool known = unit.write.bytes & bytes && unit.write.when.epoch >= b.first_epoch;
+    if (known && unit.on_its_way && !pending)
+      fail("%s at shared address %u, where a copy_async of thread %u is under way", what, address, unit.write.thread);
+    if (known && unit.agreed & bytes) {
+      u16 value, mask = 0;
+      std::memcpy(&value, here, UNIT);
+      for (int i = 0; i < UNIT; i++) mask |= unit.agreed >> i & 1 ? 0xff << 8 * i : 0;
+      if ((value ^ unit.value) & mask)
         fail("%s at shared address %u, where threads, %u among them, wrote different values without a barrier", what,
-             address, word.write.thread);
+             address, unit.write.thread);
     }
-    if (known && !word.write.before(self.thread, self.now, team_of(b, word.write)) && !(atomic && word.atomic)) {
-      if (!write || pending || word.atomic || atomic)
+    if (known && !unit.write.before(self.thread, self.now, team_of(b, unit.write)) && !(atomic && unit.atomic)) {
+      if (!write || pending || unit.atomic || atomic)
         fail("%s at shared address %u, without a barrier since thread %u wrote there", what, address,
-             word.write.thread);
+             unit.write.thread);
       // Fine if it writes the same.
-      std::memcpy(&word.value, here, 4);
-      word.agreed = word.write.bytes & bytes;
+      std::memcpy(&unit.value, here, UNIT);
+      unit.agreed = unit.write.bytes & bytes;
     } else if (write) {
-      word.agreed = 0;
+      unit.agreed = 0;
     }
     if (write) {
-      const Access& read = word.read;
+      const Access& read = unit.read;
       if (read.bytes & bytes && read.when.epoch >= b.first_epoch &&
           !read.before(self.thread, self.now, team_of(b, read))) {
         if (read.thread & SEVERAL)
           fail("writes at shared address %u, without a barrier since several threads read there", address);
         fail("writes at shared address %u, without a barrier since thread %u read there", address, read.thread);
       }
-      word.note_write(self.thread, self.now, bytes, atomic, pending);
+      unit.note_write(self.thread, self.now, bytes, atomic, pending);
     } else {
-      word.note_read(self.thread, self.now, bytes);
+      unit.note_read(self.thread, self.now, bytes, team_of(b, unit.read));
     }
     begin = end;
   }
 }
 
 static void access_global(std::uintptr_t at, std::size_t size, std::size_t alignment, bool write) {
-  static thread_local Region* last = nullptr;
-  static thread_local u64 version = 0;
+  Region*& last = last_region;
   Block& b = *block_here;
-  if (version != memory.version || !last || !last->holds(at, size)) {
-    version = memory.version;
+  if (last_version != memory.version || !last || !last->holds(at, size)) {
+    last_version = memory.version;
     last = memory.find(at);
     if (last && !last->holds(at, size)) {
       const Region near = {last->begin, last->end, {}};
@@ -495,13 +501,13 @@ static void access_global(std::uintptr_t at, std::size_t size, std::size_t align
   const Request& request = b.launch->request;
   u32* const first = last->written.data() + (at - last->begin) / 4;
   u32* const end = last->written.data() + (at + size + 3 - last->begin) / 4;
-  const bool alone = !request.early || b.waited;
+  const bool alone = !request.early || me().waited;
   if (write) {
     if (!alone) fail("writes to the device's memory before wait_for_previous");
     std::fill(first, end, request.number);
   } else if (!alone) {
-    for (u32* word = first; word < end; word++)
-      if (*word >= request.chain)
+    for (const u32* word = first; word < end; word++)
+      if (*word >= request.chain && *word != request.number)
         fail("reads, before wait_for_previous, what the launch %u in front of it writes", request.number - *word);
   }
 }
@@ -585,9 +591,9 @@ static void copy_now(const Copy& copy) {
 // A copy's 16 bytes were written by who has waited for it, now.
 static void arrived(Block& b, u32 address) {
   Fiber& self = me();
-  const std::size_t first = address < STATIC_WINDOW ? address : (b.dynamic_size + 3) / 4 * 4 + address - STATIC_WINDOW;
-  for (std::size_t i = first / 4; i < first / 4 + 4; i++)
-    b.words[i].note_write(self.thread, self.now, 15, false, false);
+  const std::size_t first = address < STATIC_WINDOW ? address : b.static_place() + address - STATIC_WINDOW;
+  for (std::size_t i = first / UNIT; i < (first + 16) / UNIT; i++)
+    b.units[i].note_write(self.thread, self.now, (1 << UNIT) - 1, false, false);
 }
 
 extern "C" void machine_copy_async(u32 shared, const void* global, bool wanted) {
@@ -639,12 +645,8 @@ static void lane_body() {
   b.cluster_waits = self.waits;
   if (b.cluster->size > 1) {
     std::lock_guard guard(b.cluster->lock);
-    if (self.arrived && self.phase == b.cluster->phase) {
-      b.cluster->leaving++;
-    } else {
-      b.cluster->expected--;
-      b.cluster->complete_if_all();
-    }
+    (self.arrived && self.phase == b.cluster->phase ? b.cluster->left : b.cluster->gone)++;
+    b.cluster->complete_if_all();
   }
   Barrier& all = b.barriers[0];
   if (all.arrived && all.arrived == b.live) release(b, all);
@@ -783,7 +785,7 @@ struct Worker {
     std::memset(b.dynamic - FENCE, POISON, request.shared + 2 * FENCE);
     need_stacks(request.threads);
     b.stacks = std::uintptr_t(stacks), b.stacks_end = b.stacks + stack_count * STACK;
-    b.words.resize(std::max(b.words.size(), (b.dynamic_size + 3) / 4 + (b.fixed_size + 3) / 4 + 1));
+    b.units.resize(std::max(b.units.size(), (b.static_place() + b.fixed_size) / UNIT + 1));
     b.first_epoch = ++epoch;
     while (int(b.warps.size()) < b.warp_count) b.warps.push_back(std::make_unique<Warp>());
     for (int i = 0; i < b.warp_count; i++) {
@@ -798,7 +800,7 @@ struct Worker {
         fiber.in_warp = lane;
         fiber.warp = there ? &w : nullptr;
         fiber.what = "its start";
-        fiber.arrived = false;
+        fiber.arrived = fiber.waited = false;
         fiber.waits = fiber.phase = 0;
         fiber.now = {epoch, 0, 0};
         fiber.team = 0;
@@ -875,6 +877,12 @@ struct Worker {
       }
       run(launch, *launch.clusters[which], size > 1 ? number : 0, block);
     }
+    // Nobody waits for blocks that will not start any more.
+    for (int i = 0; launch.failed && i < clusters; i++) {
+      std::lock_guard guard(launch.clusters[i]->lock);
+      launch.clusters[i]->failed = true;
+      launch.clusters[i]->changed.notify_all();
+    }
   }
 };
 
@@ -944,7 +952,7 @@ extern "C" int machine_launch(const Request* request) {
     launch.clusters.push_back(std::make_unique<Cluster>());
     Cluster& cluster = *launch.clusters.back();
     cluster.size = cluster.unfinished = launch.cluster_size;
-    cluster.expected = launch.cluster_size * request->threads;
+    cluster.threads = launch.cluster_size * request->threads;
     launch.order.push_back(i);
   }
   u64 random = request->seed;

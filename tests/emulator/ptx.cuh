@@ -156,7 +156,7 @@ DEVICE void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 
 namespace machine {
 
-inline void mma_bytes_work(Exchange* lanes, u32) {
+template <class A, class B> UNSEEN void mma_bytes_work(Exchange* lanes, u32) {
   int a[16][32], b[32][8];
   for (int lane = 0; lane < 32; lane++) {
     const int g = lane / 4, t = lane % 4;
@@ -164,9 +164,9 @@ inline void mma_bytes_work(Exchange* lanes, u32) {
     std::memcpy(w, lanes[lane].in, 24);
     for (int i = 0; i < 4; i++) {
       const auto byte = [&](int word) { return u8(w[word] >> 8 * i); };
-      a[g][4 * t + i] = byte(0), a[g + 8][4 * t + i] = byte(1);
-      a[g][16 + 4 * t + i] = byte(2), a[g + 8][16 + 4 * t + i] = byte(3);
-      b[4 * t + i][g] = (signed char)byte(4), b[16 + 4 * t + i][g] = (signed char)byte(5);
+      a[g][4 * t + i] = A(byte(0)), a[g + 8][4 * t + i] = A(byte(1));
+      a[g][16 + 4 * t + i] = A(byte(2)), a[g + 8][16 + 4 * t + i] = A(byte(3));
+      b[4 * t + i][g] = B(byte(4)), b[16 + 4 * t + i][g] = B(byte(5));
     }
   }
   for (int lane = 0; lane < 32; lane++)
@@ -179,14 +179,22 @@ inline void mma_bytes_work(Exchange* lanes, u32) {
     }
 }
 
+template <class A, class B>
+inline void mma_bytes(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, const char* what) {
+  const ::u32 operands[6] = {a0, a1, a2, a3, b0, b1};
+  unsigned char* const in = machine_exchange()->in;
+  std::memcpy(in, operands, 24);
+  std::memcpy(in + 24, c, 16);
+  std::memcpy(c, machine_meet(~0u, what, mma_bytes_work<A, B>)->out, 16);
+}
+
 }  // namespace machine
 
 DEVICE void mma_bytes(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  const u32 operands[6] = {a0, a1, a2, a3, b0, b1};
-  unsigned char* const in = machine::machine_exchange()->in;
-  std::memcpy(in, operands, 24);
-  std::memcpy(in + 24, c, 16);
-  std::memcpy(c, machine::machine_meet(~0u, "mma_bytes", machine::mma_bytes_work)->out, 16);
+  machine::mma_bytes<u8, signed char>(c, a0, a1, a2, a3, b0, b1, "mma_bytes");
+}
+DEVICE void mma_signed_bytes(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  machine::mma_bytes<signed char, u8>(c, a0, a1, a2, a3, b0, b1, "mma_signed_bytes");
 }
 
 // ---- barriers

@@ -1,4 +1,4 @@
-// Who wrote and who read each word of a block's shared memory last, and whether a barrier lies between two accesses.
+// Who wrote and who read each piece of a block's shared memory last, and whether a barrier lies between two accesses.
 //
 // Time is counted in barriers: `epoch` of the whole block, `warp` of __syncwarp, `named` of a named barrier. Of two
 // accesses by different threads, one a write, the first comes before the second if both threads have passed a
@@ -20,7 +20,7 @@ constexpr std::uint16_t SEVERAL = 0x8000, EVERYWHERE = 0xffff;  // SEVERAL + w: 
 struct Access {
   Moment when;
   std::uint16_t thread;
-  std::uint8_t bytes;  // of the word, a bit each; 0: there was none
+  std::uint8_t bytes;  // of the unit, a bit each; 0: there was none
 
   bool is_of(int other) const { return thread == other; }
   int warp() const { return thread & SEVERAL ? thread & 0xff : thread / 32; }
@@ -36,21 +36,25 @@ struct Access {
   }
 };
 
-struct Word {
+// Two bytes: what threads share with neighbours is seldom smaller.
+constexpr int UNIT = 2;
+
+struct Unit {
   Access write, read;
   bool atomic, on_its_way;  // of `write`; a cp.async that nobody has waited for
   std::uint8_t agreed;      // bytes that several threads wrote, which is fine if all wrote this:
-  std::uint32_t value;
+  std::uint16_t value;
 
-  void note_read(int thread, const Moment& now, std::uint8_t bytes) {
-    if (!read.bytes || read.when.epoch < now.epoch) {
+  // `team`: of whose read is noted already. One that came before this one can be forgotten: what comes after this one
+  // comes after both.
+  void note_read(int thread, const Moment& now, std::uint8_t bytes, std::uint32_t team) {
+    if (!read.bytes || read.before(thread, now, team)) {
+      if (read.thread == thread) bytes |= read.bytes;
       read = {now, std::uint16_t(thread), bytes};
       return;
     }
-    if (read.thread != thread) {
-      const bool same = read.thread != EVERYWHERE && read.warp() == thread / 32;
-      read.thread = same ? std::uint16_t(SEVERAL | thread / 32) : EVERYWHERE;
-    }
+    const bool same = read.thread != EVERYWHERE && read.warp() == thread / 32;
+    read.thread = same ? std::uint16_t(SEVERAL | thread / 32) : EVERYWHERE;
     if (read.when.named < now.named) read.when.named = now.named;
     if (read.when.warp < now.warp) read.when.warp = now.warp;
     read.bytes |= bytes;

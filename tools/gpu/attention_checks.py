@@ -481,18 +481,25 @@ def tables(rng: np.random.Generator, vocab: int) -> Iterator[tuple[int, Weight]]
         yield hidden, Grouped("embed", (vocab, hidden), width, group, asymmetric, groups.rows)
 
 
-def prepare(runner: Runner) -> None:
+def prepare(
+    runner: Runner,
+    shapes: Sequence[AttentionShape] = SHAPES,
+    *,
+    buckets: Sequence[int] = BUCKETS,
+    cuts: Sequence[tuple[int, int]] = CUTS,
+    chunks: Sequence[tuple[int, int, int]] = CHUNKS,
+) -> None:
     """Compile side by side what is needed one after the other."""
     rng = np.random.default_rng(0)
     launches: list[Launch] = []
-    for kind in SHAPES:
+    for kind in shapes:
         layer = Layer(rng, replace(kind, max_seq=16), 1)
-        for tokens, multiprocessors in product((16, 256), PREFILL_CUTS):
+        for tokens, multiprocessors in product({tokens for tokens, _, _ in chunks}, PREFILL_CUTS):
             device = replace(runner.device, multiprocessors=multiprocessors)
             launches += prefill_launches(kind, layer, tokens, device)
-        for sm, multiprocessors in CUTS:
+        for sm, multiprocessors in cuts:
             device = replace(runner.device, sm=sm, multiprocessors=multiprocessors)
-            for rows in (1, 3, 8, 16):
+            for rows in buckets:
                 launches += decode_launches(kind, layer, rows, device)
     runner.prepare(launches)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import secrets
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -62,6 +63,9 @@ class Layer:
     group: int
     zero: Zero
 
+
+CHUNKS: Final = (16, 128, 512, 1024)
+"""Buckets of tokens."""
 
 LAYERS: Final = (
     Layer("Qwen3-30B-A3B, 16 experts", 16, 8, True, 2048, 768, 4, 128, "zero_point"),
@@ -263,17 +267,25 @@ def _launches(
     )
 
 
-def checks(runner: Runner, seed: int) -> list[str]:
-    """Every layer in every bucket of rows and in some of tokens; what is wrong."""
+def checks(
+    runner: Runner,
+    seed: int,
+    layers: Sequence[Layer] = LAYERS,
+    *,
+    buckets: Sequence[int] = BUCKETS,
+    chunks: Sequence[int] = CHUNKS,
+    tiled_from: int = 512,
+) -> list[str]:
+    """Every layer in every bucket of rows and in some of tokens, some in tiles, too; what is wrong."""
     rng = np.random.default_rng(seed)
-    made = [(layer, Experts(rng, layer)) for layer in LAYERS]
+    made = [(layer, Experts(rng, layer)) for layer in layers]
     todo = [
         (layer, weights, tokens, chunk, cuts)
         for layer, weights in made
-        for chunk, buckets in ((False, BUCKETS), (True, (16, 128, 512, 1024)))
-        for tokens in buckets
+        for chunk, counts in ((False, buckets), (True, chunks))
+        for tokens in counts
         if tokens <= PIECE or layer.hidden < 1024  # the reference takes long
-        for cuts in _cuts(weights.mixture, tokens, runner.device, chunk=chunk)
+        for cuts in _cuts(weights.mixture, tokens, runner.device, tiled_from if chunk else None)
     ]
     runner.prepare(
         launch
@@ -286,11 +298,11 @@ def checks(runner: Runner, seed: int) -> list[str]:
     return wrong
 
 
-def _cuts(mixture: MixtureShape, tokens: int, device: Device, *, chunk: bool) -> list[Cuts | None]:
-    """What the device takes, and other ways."""
-    if not chunk:
+def _cuts(mixture: MixtureShape, tokens: int, device: Device, tiled_from: int | None) -> list[Cuts | None]:
+    """What the device takes, and other ways; `tiled_from` is None for rows."""
+    if tiled_from is None:
         return [None, _others(mixture, tokens, device)]
-    tiles = tiled(mixture, rows=min(tokens, PIECE), device=device) if tokens >= 512 else None
+    tiles = tiled(mixture, rows=min(tokens, PIECE), device=device) if tokens >= tiled_from else None
     return [None, tiles] if tiles else [None]
 
 

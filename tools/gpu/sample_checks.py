@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -155,9 +155,11 @@ def distance_to_border(
     return nearest
 
 
-def check_against_host(runner: Runner, rng: np.random.Generator) -> Iterator[tuple[str, bool]]:
+def check_against_host(
+    runner: Runner, rng: np.random.Generator, vocabularies: Sequence[int] = VOCABULARIES
+) -> Iterator[tuple[str, bool]]:
     """Four steps of every kind of request over every kind of row."""
-    for vocab in VOCABULARIES:
+    for vocab in vocabularies:
         for kind in ("model", "peaked", "equal", "few"):
             params = [
                 SamplingParams(seed=int(rng.integers(0, 2**64, dtype=np.uint64)), **each)  # type: ignore[arg-type]
@@ -188,6 +190,8 @@ def check_against_host(runner: Runner, rng: np.random.Generator) -> Iterator[tup
             yield line + f"log {off:.1e} {'ok' if good else 'FAIL'}", good
 
 
+ADJUSTED_VOCABULARIES: Final = ((50, 0.0), (4099, 9.0), (151936, 9.0))
+"""And how much likelier some tokens are."""
 ADJUSTED: Final = (
     {"temperature": 0.0, "repetition_penalty": 1.3},
     {"temperature": 0.8, "repetition_penalty": 0.7, "presence_penalty": 0.5, "top_p": 0.9},
@@ -200,9 +204,13 @@ ADJUSTED: Final = (
 )
 
 
-def check_adjusted(runner: Runner, rng: np.random.Generator) -> Iterator[tuple[str, bool]]:
+def check_adjusted(
+    runner: Runner,
+    rng: np.random.Generator,
+    vocabularies: Sequence[tuple[int, float]] = ADJUSTED_VOCABULARIES,
+) -> Iterator[tuple[str, bool]]:
     """Biases, tokens that may not come yet and penalties over a dozen steps, beside the host's sampler."""
-    for vocab, peak in ((50, 0.0), (4099, 9.0), (151936, 9.0)):
+    for vocab, peak in vocabularies:
         params = [
             SamplingParams(seed=int(rng.integers(0, 2**64, dtype=np.uint64)), **each) for each in ADJUSTED
         ]
@@ -263,9 +271,11 @@ def check_emptied(runner: Runner, rng: np.random.Generator) -> Iterator[tuple[st
         )
 
 
-def check_distribution(runner: Runner, rng: np.random.Generator) -> Iterator[tuple[str, bool]]:
+def check_distribution(
+    runner: Runner, rng: np.random.Generator, steps: int = 40
+) -> Iterator[tuple[str, bool]]:
     """Many seeds on one row: a chi-squared test of how often each token comes."""
-    vocab, rows, steps = 300, 512, 40
+    vocab, rows = 300, 512
     logits = np.repeat(logits_of(rng, "model", 1, vocab), rows, 0)
     for temperature in (1.0, 3.0):
         params = [
