@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,25 +33,33 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the tests that need a TensorRT out where there is none, and remember how many."""
-    needing = [item for item in items if item.get_closest_marker("tensorrt")]
-    if needing and not os.environ.get(TENSORRT_REQUIRED) and not _has_tensorrt():
-        items[:] = [item for item in items if item not in needing]
-        config.hook.pytest_deselected(items=needing)
-        config.stash[_LEFT_OUT] = needing
+    """Leave the tests out that need what is not installed, and remember how many."""
+    missing: dict[str, Callable[[], bool]] = {
+        "tensorrt": lambda: not os.environ.get(TENSORRT_REQUIRED) and not _has_tensorrt(),
+        "emulated": lambda: shutil.which("g++") is None,
+    }
+    for marker, is_missing in missing.items():
+        needing = [item for item in items if item.get_closest_marker(marker)]
+        if needing and is_missing():
+            items[:] = [item for item in items if item not in needing]
+            config.hook.pytest_deselected(items=needing)
+            config.stash.setdefault(_LEFT_OUT, {})[marker] = len(needing)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Say which tests did not run: a green line must not hide them."""
-    left_out: Sequence[pytest.Item] = config.stash.get(_LEFT_OUT, ())
-    if left_out:
-        terminalreporter.write_line(
-            f"{len(left_out)} TensorRT tests did NOT run: no TensorRT is installed "
-            "(`pip install edgellm[tensorrt-rtx]` brings one that builds plans without a GPU)"
-        )
+    why = {
+        "tensorrt": "TensorRT tests did NOT run: no TensorRT is installed "
+        "(`pip install edgellm[tensorrt-rtx]` brings one that builds plans without a GPU)",
+        "emulated": "tests of CUDA kernels did NOT run: they are compiled for this CPU by g++, which is not "
+        "installed (apt install g++)",
+    }
+    left_out: dict[str, int] = config.stash.get(_LEFT_OUT, {})
+    for marker, count in left_out.items():
+        terminalreporter.write_line(f"{count} {why[marker]}")
 
 
-_LEFT_OUT = pytest.StashKey[Sequence[pytest.Item]]()
+_LEFT_OUT = pytest.StashKey[dict[str, int]]()
 
 
 def _has_tensorrt() -> bool:

@@ -13,6 +13,8 @@ from emulator.driver import HOPPER, ORIN
 
 from edgellm.cuda.launch import Device
 
+pytestmark = pytest.mark.emulated
+
 SHAPES = (
     shape(3, 1, 64, 96),
     shape(8, 2, 128, 80, norm=True),

@@ -11,6 +11,8 @@ from linear_bench import BenchLinear, BenchModel
 from edgellm.cuda.launch import Device
 from edgellm.kernels.packing import PackedShape
 
+pytestmark = pytest.mark.emulated
+
 SMALL = BenchModel(
     "small",
     1,

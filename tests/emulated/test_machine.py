@@ -18,6 +18,8 @@ from edgellm.cuda.driver import Driver
 from edgellm.cuda.launch import Argument, At, Device, Kernel, Launch
 from edgellm.cuda.nvrtc import SOURCES
 
+pytestmark = pytest.mark.emulated
+
 KERNELS = """
 #include "common.cuh"
 

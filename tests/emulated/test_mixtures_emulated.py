@@ -10,6 +10,8 @@ from moe_checks import Layer
 
 from edgellm.cuda.launch import Device
 
+pytestmark = pytest.mark.emulated
+
 LAYERS = (
     Layer("offsets", 12, 4, True, 256, 128, 4, 64, "offset"),
     Layer("not normalized", 10, 4, False, 192, 64, 4, 32, "centred"),

@@ -14,6 +14,8 @@ from edgellm.cuda import driver as module
 from edgellm.cuda.launch import Device
 from edgellm.executor import cuda_kernels
 
+pytestmark = pytest.mark.emulated
+
 MODELS = {
     "llama, tied": (TinyLlama(128, 2, 1, 64, 192, tied=True, rotary_base=1e4), "Q4_1", ORIN),
     "qwen3, untied": (

@@ -13,6 +13,8 @@ from emulator.driver import HOPPER, ORIN
 
 from edgellm.cuda.launch import Device
 
+pytestmark = pytest.mark.emulated
+
 DEVICES = pytest.mark.parametrize("device", [HOPPER, ORIN], ids=["sm_90", "sm_87"])
 
 

@@ -10,6 +10,8 @@ from sanitized import GROUPS, RAN, Naming
 
 from edgellm.cuda.driver import Driver
 
+pytestmark = pytest.mark.emulated
+
 KERNELS = {
     "gemm": {"gemm"},
     "attention_decode": {"attention_decode", "attention_decode_cluster"},

@@ -58,7 +58,7 @@ class NoCompiler(RuntimeError):
 @cache
 def compiler() -> str:
     """Path of g++."""
-    found = shutil.which(os.environ.get("CXX", "g++"))
+    found = shutil.which("g++")
     if found is None:
         raise NoCompiler("the emulator compiles kernels with g++, which is not installed (apt install g++)")
     return found

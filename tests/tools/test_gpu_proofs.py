@@ -18,6 +18,8 @@ from edgellm.cli import main
 from edgellm.cuda import driver
 from edgellm.executor import cuda_kernels
 
+pytestmark = pytest.mark.emulated
+
 
 def test_a_recorded_reference_stands_in_for_its_engine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -27,6 +27,7 @@ from edgellm.doctor.proof import Case, prove
 from edgellm.doctor.reference import compute_reference
 from edgellm.kernels.attention_shape import CacheKind
 from edgellm.memory.plan import Shape
+from edgellm.model.spec import ModelSpec
 
 MAX_MEAN_KL: Final = 0.001
 """With fp16 caches."""
@@ -37,6 +38,9 @@ MAX_MEAN_KL_INT8: Final = 1.0
 """With int8 caches: random weights attend, and route to experts, more sharply than any trained model's."""
 MAX_MEAN_KL_INT8_REAL: Final = 0.01
 """With int8 caches, trained weights."""
+
+SHAPE: Final = Shape(max_batch_size=5, max_seq_len=128, max_num_tokens=256)
+"""Of small networks' executors."""
 
 HEADING: Final = (
     "| network | caches | case | positions | mean KL | largest KL | same best token | |\n"
@@ -61,15 +65,40 @@ def check_networks(
     for name in networks:
         for quant in QUANTS:
             checkpoint = RandomCheckpoint(SMALL[name], "small", quant, int(chance.integers(1000)), 2.0)
-            mixture = checkpoint.spec.moe
-            routed = mixture is not None and mixture.top_k < mixture.num_experts
             for kv_cache in caches:
-                # int8 caches are a choice of precision: what they cost is reported, and that it is a number.
-                exactly = MAX_MEAN_KL_ROUTED if routed else MAX_MEAN_KL
-                most = MAX_MEAN_KL_INT8 if kv_cache == "int8" else exactly
-                for case in _prove_small(checkpoint, kv_cache, chance, open_driver):
+                most = most_kl(checkpoint.spec, kv_cache)
+                for case in prove_network(checkpoint, kv_cache, chance, open_driver=open_driver):
                     good &= _tell(say, f"{name}, {quant}", kv_cache, case, most)
     return good
+
+
+def most_kl(spec: ModelSpec, kv_cache: CacheKind) -> float:
+    """What a case's mean KL may be with random weights."""
+    if kv_cache == "int8":
+        # A choice of precision: what it costs is reported, and that it is a number.
+        return MAX_MEAN_KL_INT8
+    routed = spec.moe is not None and spec.moe.top_k < spec.moe.num_experts
+    return MAX_MEAN_KL_ROUTED if routed else MAX_MEAN_KL
+
+
+def prove_network(
+    checkpoint: RandomCheckpoint,
+    kv_cache: CacheKind,
+    chance: np.random.Generator,
+    *,
+    shape: Shape = SHAPE,
+    length: int = 80,
+    open_driver: Callable[[], Driver] = Driver,
+) -> Iterator[Case]:
+    """A network on the device beside numpy's, over random texts of this length, one for each slot."""
+    with loaded(checkpoint, shape, kv_cache=kv_cache, open_driver=open_driver) as executor:
+        reference = NumpyExecutor(checkpoint, executor.info)
+        vocabulary = checkpoint.spec.vocab_size
+        prompts = [
+            chance.integers(0, vocabulary, length, dtype=np.int32) for _ in range(shape.max_batch_size)
+        ]
+        reference.announce(prompts)
+        yield from prove(executor, compute_reference(reference, prompts))
 
 
 def check_checkpoint(
@@ -108,21 +137,6 @@ def passages(checkpoint: Checkpoint, *, count: int, length: int) -> list[Tokens]
     text = np.array(Tokenizer.from_str(checkpoint.tokenizer_json().decode()).encode(PASSAGE).ids, np.int32)
     starts = np.linspace(0, max(0, len(text) - length), count).astype(int)
     return [text[at : at + length] for at in starts]
-
-
-def _prove_small(
-    checkpoint: RandomCheckpoint,
-    kv_cache: CacheKind,
-    chance: np.random.Generator,
-    open_driver: Callable[[], Driver],
-) -> Iterator[Case]:
-    shape = Shape(max_batch_size=5, max_seq_len=128, max_num_tokens=256)
-    with loaded(checkpoint, shape, kv_cache=kv_cache, open_driver=open_driver) as executor:
-        reference = NumpyExecutor(checkpoint, executor.info)
-        vocabulary = checkpoint.spec.vocab_size
-        prompts = [chance.integers(0, vocabulary, 80, dtype=np.int32) for _ in range(shape.max_batch_size)]
-        reference.announce(prompts)
-        yield from prove(executor, compute_reference(reference, prompts))
 
 
 def _tell(say: Say, name: str, kv_cache: CacheKind, case: Case, most: float) -> bool:

@@ -17,6 +17,7 @@ from edgellm.cuda.driver import Driver
 from edgellm.doctor.static_memory import StaticMemory
 from edgellm.executor.base import FEEDBACK, Row, Step, Want
 from edgellm.memory.plan import Shape
+from edgellm.model.spec import ModelSpec
 from edgellm.sampling import SamplingParams
 
 GREEDY: Final = SamplingParams(temperature=0.0)
@@ -28,11 +29,16 @@ Tokens = NDArray[np.int32]
 
 
 def check_sampling(
-    seed: int, say: Say, *, tokens: int = TOKENS, open_driver: Callable[[], Driver] = Driver
+    seed: int,
+    say: Say,
+    *,
+    spec: ModelSpec = SMALL["llama, 6/2 heads of 64, tied"],
+    tokens: int = TOKENS,
+    open_driver: Callable[[], Driver] = Driver,
 ) -> bool:
     """Tokens that the device chose beside the host's sampler on the same logits, and two steps in flight."""
     chance = np.random.default_rng(seed)
-    checkpoint = RandomCheckpoint(SMALL["llama, 6/2 heads of 64, tied"], "small", "int4", seed % 1000, 3.0)
+    checkpoint = RandomCheckpoint(spec, "small", "int4", seed % 1000, 3.0)
     params = [
         GREEDY,
         SamplingParams(temperature=1.0, seed=int(chance.integers(1 << 62))),
@@ -51,7 +57,9 @@ def check_sampling(
         ),
     ]
     slots = range(len(params))
-    with loaded(checkpoint, Shape(len(params), 256, 256), open_driver=open_driver) as executor:
+    with loaded(
+        checkpoint, Shape(len(params), tokens + 2, 4 * len(params)), open_driver=open_driver
+    ) as executor:
 
         def run(want: Want, fed: Tokens | None) -> Tokens:
             """So many tokens of each slot, two steps in flight; fed back, or as they are given."""
