@@ -86,10 +86,10 @@ template <int ROWS, int WARPS_K, int ABREAST, int LINE> struct Reduced {  // of 
   const float* buffer;
   DEVICE float operator()(int, int sub, int n, int line) const {
     const float* const from = buffer + ((sub / ABREAST * WARPS_K * ABREAST + sub % ABREAST) * ROWS + n) * LINE + line;
-    float v = 0.f;
+    float v[4] = {};  // no long chain of sums
 #pragma unroll
-    for (int i = 0; i < WARPS_K; i++) v += from[i * ABREAST * ROWS * LINE];
-    return v;
+    for (int i = 0; i < WARPS_K; i++) v[i % 4] += from[i * ABREAST * ROWS * LINE];
+    return (v[0] + v[1]) + (v[2] + v[3]);
   }
 };
 

@@ -42,6 +42,8 @@ _RING_GOAL: Final = 53 << 10
 """Of weights under way in an SM, where there is room: latency × bandwidth, and what arrives meanwhile."""
 _EARLY_BYTES: Final = 105 << 10
 """Of weights asked for before x, which waits behind them: one stage only where x is much itself."""
+_AHEAD_BYTES: Final = 36 << 10
+"""Of weights that arrive while the kernel before ends."""
 _SMALL: Final = 64 << 10
 """Of a block that has all its weights under way at once: so little leaves room for the next kernel's."""
 _X_GOAL: Final = 72 << 10
@@ -306,6 +308,10 @@ def _cost(shape: PackedShape, rows: int, device: Device, cut: Tuning) -> float:
         busy *= 1 + (0.1 if clusters else 0.4) * (2 if rows > 8 else 1) / cut.abreast
     x_panels = rows * slab_panels * shape.panel * 2 / shape.panel_bytes
     x = 0.6 * x_panels * (sides if cut.held else 1)
+    if clusters and rows >= 4 and cut.join == "whole":
+        # Much of x waits long behind many weights.
+        ahead = cut.early * cut.warps * cut.abreast * shape.panel_bytes - _AHEAD_BYTES
+        x += 0.5 * max(0, ahead) / shape.panel_bytes
     parts = rounds * side * rows * ROW_BLOCK * 4 * cut.slabs / shape.panel_bytes
     wait = {
         "whole": 0.0,
