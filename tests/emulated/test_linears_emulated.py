@@ -13,9 +13,9 @@ from edgellm.cuda.launch import Device
 pytestmark = pytest.mark.emulated
 
 CASES = (
-    Case("residual in", 80, 576, 4, 32, "offset", "store", True),
+    Case("residual in, rounds", 336, 576, 4, 32, "offset", "store", True),
     Case("residual out", 72, 576, 4, 32, "offset", "residual", False),
-    Case("gate-up", 40, 576, 4, 64, "zero_point", "swiglu", True, True),
+    Case("gate-up, rounds", 200, 576, 4, 64, "zero_point", "swiglu", True, True),
     Case("head", 67, 576, 8, 32, "none", "logits", True),
     Case("long", 48, 2432, 4, 128, "zero_point", "residual", False, True),
     Case("wide groups", 64, 1024, 4, 128, "centred", "swiglu", True),

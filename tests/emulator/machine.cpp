@@ -505,23 +505,29 @@ static void access_global(std::uintptr_t at, std::size_t size, std::size_t align
   const Launch& launch = *b.launch;
   const Request& request = launch.request;
   const Fiber& self = me();
-  const Writer here{request.number, u32(b.number), self.now.epoch, u16(self.now.warp), u16(self.thread)};
+  Writer here{request.number, u32(b.number), self.now.epoch, u16(self.now.warp), u16(self.thread), 3};
+  if (size < GRAIN) here.bytes = 1 << at % GRAIN;
   if (request.early && !self.waited && how != READ && how != COPY)
     fail("writes to the device's memory before wait_for_previous");
   Writer* const first = last->writers.data() + (at - last->begin) / GRAIN;
   Writer* const end = last->writers.data() + (at + size + GRAIN - 1 - last->begin) / GRAIN;
   for (Writer* writer = first; writer < end; writer++) {
     const Writer was = *writer;
-    if (was.launch == here.launch) {
+    const bool same = was.launch == here.launch && was.bytes & here.bytes;
+    if (same && was.block == here.block) {
+      if ((how == READ || how == WRITE) && !was.before(here))
+        fail("%s what thread %u wrote to the device's memory, without a barrier since",
+             how == READ ? "reads" : "writes", was.thread);
+    } else if (same) {
       // Another block's: it must have said so by an atomic, and this block must have heard. What a copy brings may be
       // in flux if nobody looks at it.
-      if (was.block != here.block && (how == READ || how == WRITE)) {
+      if (how == READ || how == WRITE) {
         const Writer &said = launch.atomics[was.block], &heard = launch.atomics[here.block];
         if (said.launch != here.launch || !was.before(said) || heard.launch != here.launch || !heard.before(here))
           fail("%s what thread %u of block %u of the same launch wrote, without an atomic and barriers between them",
                how == READ ? "reads" : "writes", was.thread, was.block);
       }
-    } else if (request.early && !self.waited && was.launch >= request.chain) {
+    } else if (request.early && !self.waited && was.launch >= request.chain && was.launch != here.launch) {
       fail("reads, before wait_for_previous, what the launch %u in front of it writes", here.launch - was.launch);
     }
     if (how == WRITE || how == ATOMIC) *writer = here;

@@ -198,7 +198,7 @@ ADJUSTED: Final = (
     {"temperature": 1.0, "frequency_penalty": 0.9, "top_k": 20},
     {"temperature": 0.0, "frequency_penalty": 3.0, "presence_penalty": -1.0},
     {"temperature": 1.0, "logit_bias": {3: 9.0, 7: -1e38, 11: 4.0}},
-    {"temperature": 0.0, "logit_bias": {5: 1e38}, "min_tokens": 3, "suppressed": (5, 9)},
+    {"temperature": 0.0, "logit_bias": {2: 1.0, 5: 1e38}, "min_tokens": 3, "suppressed": (5, 9)},
     {"temperature": 1.0, "min_tokens": 2, "suppressed": (1, 2, 3), "presence_penalty": 2.0},
     {"temperature": 0.7, "top_p": 0.9},
 )
