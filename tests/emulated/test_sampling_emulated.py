@@ -32,6 +32,11 @@ def test_tokens_are_the_host_samplers(seed: int) -> None:
     assert_all(sample_checks.check_against_host(runner, rng, (50, 4099)))
 
 
+def test_more_equal_tokens_than_can_be_listed() -> None:
+    runner, rng = emulated_runner(HOPPER), np.random.default_rng(2)
+    assert_all(sample_checks.check_against_host(runner, rng, (16_000,), ("equal",)))
+
+
 @DEVICES
 def test_adjusted_tokens_are_the_host_samplers(device: Device) -> None:
     runner, rng = emulated_runner(device, seed=1), np.random.default_rng(1)

@@ -156,11 +156,14 @@ def distance_to_border(
 
 
 def check_against_host(
-    runner: Runner, rng: np.random.Generator, vocabularies: Sequence[int] = VOCABULARIES
+    runner: Runner,
+    rng: np.random.Generator,
+    vocabularies: Sequence[int] = VOCABULARIES,
+    kinds: Sequence[str] = ("model", "peaked", "equal", "few"),
 ) -> Iterator[tuple[str, bool]]:
     """Four steps of every kind of request over every kind of row."""
     for vocab in vocabularies:
-        for kind in ("model", "peaked", "equal", "few"):
+        for kind in kinds:
             params = [
                 SamplingParams(seed=int(rng.integers(0, 2**64, dtype=np.uint64)), **each)  # type: ignore[arg-type]
                 for each in PARAMS
