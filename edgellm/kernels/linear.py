@@ -263,8 +263,10 @@ def _fitted(shape: PackedShape, rows: int, device: Device, way: _Way) -> Tuning 
             return None
     elif way.join == "last_block" and _x_bytes(shape, rows, way.slabs) > _X_GOAL:
         return None
+    # An SM's four parts have registers of their own, and as many warps as the fullest one.
+    threads = -(-way.warps // 4) * 4 * 32
     for blocks_per_sm in (2, 1) if small else (1,):
-        if registers <= min(_REGISTERS_MOST, _REGISTERS // (way.warps * 32 * blocks_per_sm)):
+        if registers <= min(_REGISTERS_MOST, _REGISTERS // (threads * blocks_per_sm)):
             return replace(
                 cut, stages=stages, early=_early(rows, cut, stages, unit, units), blocks_per_sm=blocks_per_sm
             )

@@ -9,6 +9,7 @@ import queue
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +19,9 @@ from numpy.typing import NDArray
 
 from edgellm.bench.load import Load
 from edgellm.cli import main
-from edgellm.errors import ConnectionLost, RequestTimeout
+from edgellm.errors import ConnectionLost, Overloaded, RequestTimeout
 from edgellm.scheduler.request import Finish, Request
+from edgellm.server import access
 from edgellm.server_config import ServerConfig
 
 
@@ -28,6 +30,7 @@ class Worker:
 
     Attributes:
         gather: how many requests must be open before any is answered.
+        until: what must have happened before any is answered.
         fault_every: of so many requests the last ends with a fault; 0: none does.
     """
 
@@ -38,6 +41,7 @@ class Worker:
         self._open = 0
         self.most_open = 0
         self.gather = 1
+        self.until: threading.Event | None = None
         self.fault_every = 0
         engine.script = self._arrive
         self._thread = threading.Thread(target=self._run)
@@ -60,6 +64,8 @@ class Worker:
             held.append(request)
             if len(held) < self.gather and served == 0:
                 continue
+            if self.until is not None:
+                assert self.until.wait(30)
             for each in held:
                 served += 1
                 self._answer(each, fault=bool(self.fault_every) and served % self.fault_every == 0)
@@ -139,10 +145,18 @@ def test_failures_are_kept_with_their_code(service: Service, worker: Worker) -> 
     assert [trace.ok for trace in traces] == [True, True, False] * 3
 
 
-def test_refusals_do_not_stop_the_loop(tmp_path: Path) -> None:
+def test_refusals_do_not_stop_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = threading.Event()
+
+    class Told(Overloaded):
+        def __init__(self, *args: Any, **fields: Any) -> None:
+            super().__init__(*args, **fields)
+            refused.set()
+
+    monkeypatch.setattr(access, "Overloaded", Told)
     service = Service(tmp_path, ServerConfig(max_requests_per_client=2))
     worker = Worker(service.engine)
-    worker.gather = 2
+    worker.until = refused
     try:
         with Load(service.endpoint) as load:
             traces = load.closed(prompts(10), 2, 3)
