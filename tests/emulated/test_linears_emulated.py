@@ -45,5 +45,5 @@ def test_results_do_not_depend_on_who_is_first(device: Device, copies: str) -> N
     runner = emulated_runner(device, seed=7, copies=copies)
     # The same kernels, so that none is compiled for this alone.
     buckets = (8,) if device is HOPPER else (16,)
-    wrong = linear_checks.checks(runner, 1, CASES[:3], buckets=buckets, chunks=((32, 19),))
+    wrong = linear_checks.checks(runner, 1, CASES[1:3], buckets=buckets, chunks=((32, 19),))
     assert not wrong, "\n".join(wrong)

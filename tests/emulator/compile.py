@@ -15,6 +15,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ LIBRARIES: Final = ("-lm", "-lc", "-lgcc")
 MACHINE_FLAGS: Final = ("-std=c++17", "-O2", "-fPIC", "-shared", "-pthread", "-fvisibility-inlines-hidden")
 LIBRARY: Final = "kernels.so"
 PROCESSES: Final = 2
+KEPT_S: Final = 7 * 86_400
+"""Of what was compiled."""
 MOST_TOGETHER: Final = 24
 """Kernels of one source that one g++ compiles."""
 
@@ -74,6 +77,10 @@ def directory() -> Path:
         raise NoCompiler(
             f"{path} belongs to another user; set EDGELLM_TEST_KERNELS to a directory of your own"
         )
+    for old in path.iterdir():
+        # What is still wanted is compiled again: its link leads nowhere.
+        if not old.is_symlink() and old.stat().st_mtime < time.time() - KEPT_S:
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
     return path
 
 
