@@ -103,7 +103,7 @@ def test_what_is_said_to_be_read_is_read(tmp_path: Path) -> None:
         prefix = f"{architecture}."
         asked |= {key.removeprefix(prefix) for key in values.keys_asked if key.startswith(prefix)}
     assert asked == READ
-    # `rope.scale_linear` is older than the package's list, and YaRN's are younger than the oldest one allowed.
+    # `rope.scale_linear` is older than the package's list, and YaRN's are younger than the oldest allowed.
     yarns = {"rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"}
     assert {"rope.scale_linear"} <= READ - known_to_gguf() <= {"rope.scale_linear", *yarns}
 
