@@ -8,8 +8,9 @@ from __future__ import annotations
 import ctypes
 import enum
 import itertools
-from types import SimpleNamespace
 from typing import Any
+
+from cuda_names import CudaNames
 
 
 class Status(enum.IntEnum):
@@ -26,7 +27,7 @@ class Status(enum.IntEnum):
     CUDA_ERROR_NOT_READY = 600
 
 
-class FakeDriver:
+class FakeDriver(CudaNames):
     """What `Driver(api=…)` takes.
 
     Attributes:
@@ -34,15 +35,6 @@ class FakeDriver:
         calls: names and arguments, in order.
         live: addresses that were allocated and not freed.
     """
-
-    CUDA_VERSION = 12090
-    CUdevice_attribute = staticmethod(int)
-    CUfunction_attribute = staticmethod(int)
-    CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
-    CUlaunchAttributeID = SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION=6)
-    CUdeviceptr = staticmethod(int)
-    CUmemorytype = SimpleNamespace(CU_MEMORYTYPE_DEVICE=2)
-    CUlaunchConfig = CUDA_MEMCPY2D = CUlaunchAttribute = CUlaunchAttributeValue = SimpleNamespace
 
     def __init__(
         self, *, sm: int = 87, version: int = 12060, devices: int = 1, memory: int = 1 << 30

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from edgellm.doctor.reference import Reference
+    from edgellm.enginedir import EngineDir
 
 SHORTEST_TEXT: Final = 8
 DEFAULT_LENGTH: Final = 64
@@ -96,11 +97,12 @@ def _prove(args: argparse.Namespace) -> int:
             raise UsageError(f"--length and --seed: the texts are those that {args.reference} has")
         reference, spec = read_reference(args.reference)
     else:
-        spec = open_engine(args.reference).spec
+        source = open_engine(args.reference)
+        spec = source.spec
     if directory.spec != spec:
         raise UsageError(f"{args.engine} and {args.reference} are not of one model")
     if not args.reference.is_file():
-        reference = _reference_of(args)
+        reference = _reference_of(source, args)
     tested = make_executor(directory, EngineConfig())
     try:
         tested.load(lambda _part, _done: None)
@@ -128,23 +130,23 @@ def _record(args: argparse.Namespace) -> int:
 
     if args.reference is None or args.engine is not None:
         raise UsageError("--record FILE writes what --reference DIR says, an engine; it needs no --engine")
-    spec, reference = open_engine(args.reference).spec, _reference_of(args)
+    source = open_engine(args.reference)
+    reference = _reference_of(source, args)
     try:
-        write_reference(args.record, reference, spec)
+        write_reference(args.record, reference, source.spec)
     except OSError as error:
         raise UsageError(f"--record {args.record}: {error.strerror}") from error
     print(f"{args.record}: {len(reference.texts)} texts of {len(reference.texts[0])} tokens")
     return 0
 
 
-def _reference_of(args: argparse.Namespace) -> Reference:
-    """What the reference engine says of texts that it writes itself."""
+def _reference_of(source: EngineDir, args: argparse.Namespace) -> Reference:
+    """What an engine says of texts that it writes itself."""
     import secrets
 
     from edgellm.config import EngineConfig
     from edgellm.doctor.proof import sample_texts
     from edgellm.doctor.reference import compute_reference
-    from edgellm.enginedir import open_engine
     from edgellm.errors import UsageError
     from edgellm.executor.factory import make_executor
 
@@ -152,7 +154,7 @@ def _reference_of(args: argparse.Namespace) -> Reference:
     if length < SHORTEST_TEXT:
         raise UsageError(f"--length {length}: a text needs {SHORTEST_TEXT} tokens or more")
     seed = secrets.randbits(32) if args.seed is None else args.seed
-    executor = make_executor(open_engine(args.reference), EngineConfig())
+    executor = make_executor(source, EngineConfig())
     try:
         executor.load(lambda _part, _done: None)
         return compute_reference(

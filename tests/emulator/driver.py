@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Final
 
 import numpy as np
+from cuda_names import CudaNames
 from fake_driver import Status
 from numpy.typing import NDArray
 
@@ -76,7 +76,7 @@ class _Function:
 _KINDS: Final[dict[Any, str]] = {ctypes.c_int32: "i", ctypes.c_float: "f", ctypes.c_void_p: "p"}
 
 
-class EmulatedDriver:
+class EmulatedDriver(CudaNames):
     """A device's driver API; streams are synchronous.
 
     Args:
@@ -89,15 +89,6 @@ class EmulatedDriver:
     Attributes:
         launches: kernels launched, by name.
     """
-
-    CUDA_VERSION = 12090
-    CUdevice_attribute = staticmethod(int)
-    CUfunction_attribute = staticmethod(int)
-    CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
-    CUlaunchAttributeID = SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION=6)
-    CUdeviceptr = staticmethod(int)
-    CUmemorytype = SimpleNamespace(CU_MEMORYTYPE_DEVICE=2)
-    CUlaunchConfig = CUDA_MEMCPY2D = CUlaunchAttribute = CUlaunchAttributeValue = SimpleNamespace
 
     def __init__(
         self,
