@@ -40,8 +40,10 @@ _SHARED_GOAL_EARLY: Final = 176 << 10
 """Of a block; the second where the next kernel starts before this one has ended."""
 _RING_GOAL: Final = 53 << 10
 """Of weights under way in an SM, where there is room: latency × bandwidth, and what arrives meanwhile."""
-_EARLY_BYTES: Final = 105 << 10
-"""Of weights asked for before x, which waits behind them: one stage only where x is much itself."""
+_EARLY_BYTES: Final = 122 << 10
+_EARLY_BYTES_SHARED: Final = 72 << 10
+"""Of weights asked for before x, which waits behind them: one stage only where x is much itself. The second
+where x goes to shared memory."""
 _AHEAD_BYTES: Final = 36 << 10
 """Of weights that arrive while the kernel before ends."""
 _SMALL: Final = 64 << 10
@@ -51,7 +53,8 @@ _X_GOAL: Final = 72 << 10
 _STAGES_LEAST: Final = 2
 _STAGES_MOST: Final = 14
 _CLUSTER_MOST: Final = 8
-_GPC: Final = 16
+_GPCS: Final = 8
+"""Of an H100. Clusters that do not fit run when all others have ended: twice the time."""
 _SLABS_MOST: Final = 32
 _HELD_PANELS: Final = 4
 _HELD_REGISTERS: Final = 80
@@ -224,8 +227,9 @@ def _fitted(shape: PackedShape, rows: int, device: Device, way: _Way) -> Tuning 
     registers."""
     most = max(1, device.multiprocessors // way.slabs)
     if way.join == "cluster" and way.slabs > 2:
-        # A cluster's blocks are on SMs of one GPC, most of which have 16 on an H100.
-        most = max(1, device.multiprocessors // _GPC * (_GPC // way.slabs))
+        # A cluster's blocks are on SMs of one GPC, and what a GPC has too many is lost: SMs come in pairs.
+        lost = way.slabs - 2 if way.slabs % 2 == 0 else way.slabs - 1
+        most = max(1, (device.multiprocessors - _GPCS * lost) // way.slabs)
     side = way.warps // way.warps_k * way.abreast
     blocks = min(most, -(-shape.row_blocks // side))
     rounds = -(-shape.row_blocks // (blocks * side))
@@ -280,7 +284,7 @@ def _early(rows: int, cut: Tuning, stages: int, unit: int, units: int) -> int:
         return 1
     # What goes to shared memory arrives in order: behind x there must be something under way.
     most = stages - 1 if cut.held else max(1, stages - 2)
-    return max(1, min(most, _EARLY_BYTES // unit // (1 if cut.held else 2)))
+    return max(1, min(most, (_EARLY_BYTES if cut.held else _EARLY_BYTES_SHARED) // unit))
 
 
 def _registers(shape: PackedShape, rows: int, cut: Tuning) -> int:
@@ -297,38 +301,49 @@ def _registers(shape: PackedShape, rows: int, cut: Tuning) -> int:
 
 def _cost(shape: PackedShape, rows: int, device: Device, cut: Tuning) -> float:
     """Time in panels that an SM multiplies: rounds with their sums over warps, x, and what slabs wait for
-    each other. Its numbers come from an H100."""
+    each other. With dependent launch its numbers are what brings it nearest to 39 sweeps of Qwen3-8B's
+    linears on an H100 (tools/gpu/linear_sweep.py); without, instructions counted for Orin."""
     slab_panels = -(-shape.panels // cut.slabs)
     sides = cut.warps // cut.warps_k
     side = sides * cut.abreast
     rounds = -(-shape.row_blocks // (cut.blocks * side))
-    clusters = device.has_dependent_launch
+    measured = device.has_dependent_launch
     # What a round takes is how long its warps are busy; few warps hide latencies badly.
-    busy = -(-slab_panels // cut.warps_k) * cut.abreast * cut.warps * (1.0 if cut.warps > 8 else 1.3)
+    few = 1 + 0.5 * (16 / cut.warps - 1) if measured else 1.0 if cut.warps > 8 else 1.3
+    busy = -(-slab_panels // cut.warps_k) * cut.abreast * cut.warps * few
     if not cut.held:
         # Operands come through shared memory, which is busy with weights, too.
-        busy *= 1 + (0.1 if clusters else 0.4) * (2 if rows > 8 else 1) / cut.abreast
+        share = (0.16 if rows <= 8 else 0.09) if measured else (0.4 if rows <= 8 else 0.8)
+        busy *= 1 + share / cut.abreast
+    elif measured and rows > 8:
+        # With half of its registers full of x, a warp has less under way.
+        busy *= 1.3
     x_panels = rows * slab_panels * shape.panel * 2 / shape.panel_bytes
-    x = 0.6 * x_panels * (sides if cut.held else 1)
-    if clusters and rows >= 4 and cut.join == "whole":
+    x = (0.74 if measured else 0.6) * x_panels * (sides if cut.held else 1)
+    if measured and cut.held and rows <= 2:
+        x += 22.0
+    if measured and rows >= 4 and cut.join == "whole":
         # Much of x waits long behind many weights.
         ahead = cut.early * cut.warps * cut.abreast * shape.panel_bytes - _AHEAD_BYTES
-        x += 0.5 * max(0, ahead) / shape.panel_bytes
+        x += 0.4 * max(0, ahead) / shape.panel_bytes
+    # Sums over warps are written and read.
+    sums = side * cut.warps_k * rows * ROW_BLOCK * 8 / shape.panel_bytes if measured else 0.0
     parts = rounds * side * rows * ROW_BLOCK * 4 * cut.slabs / shape.panel_bytes
     wait = {
         "whole": 0.0,
-        "cluster": 24.0 + 12.0 * cut.slabs,
+        # Nobody adds up before everybody has multiplied the last row blocks.
+        "cluster": 10.0 * cut.slabs + 41.0 * cut.abreast,
         "last_block": 64.0 + 1.2 * parts,
     }[cut.join]
     waves = -(-cut.blocks * cut.slabs // device.multiprocessors)
-    time = waves * (rounds * (busy + 8.0 / cut.abreast) + x + wait)
-    if not clusters:
+    time = waves * (rounds * (busy + 7.2 / cut.abreast + 0.2 * sums) + x + wait)
+    if not measured:
         return time * (1 + 0.01 * sides.bit_length())
     # With many row blocks side by side blocks end at different times, and the next kernel waits for the last.
-    uneven = {1: 1.0, 2: 1.0, 4: 1.08}.get(sides, 1.25)
+    uneven = {1: 1.0, 2: 1.0, 4: 1.04}.get(sides, 1.3)
     # With two stages nothing is under way behind what is waited for, unless that is all.
     shallow = cut.stages == 2 and rounds * -(-slab_panels // cut.warps_k) > 1
-    return time * uneven * (1 + 0.15 / cut.abreast**2 * shallow)
+    return time * uneven * (1 + 0.35 / cut.abreast**2 * shallow)
 
 
 def row_blocks_of(shape: PackedShape, cut: Tuning, block: int, warp: int) -> list[int]:
