@@ -119,8 +119,8 @@ def steps_of(options: Options) -> list[Step]:
             120,
             engines=True,
         ),
-        Step("attention", tool("attention_checks.py", "--bench-only"), 90),
-        Step("mixtures", tool("moe_checks.py", "--bench"), 120),
+        Step("attention", tool("attention_bench.py"), 90),
+        Step("mixtures", tool("moe_bench.py"), 120),
         Step("sampling", tool("sample_checks.py", "--bench"), 90),
         Step("sanitizer", (*check, "sanitizer", "--sanitizer-limit", "60"), 600),
     ]

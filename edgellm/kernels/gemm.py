@@ -87,7 +87,7 @@ def prefill_linear(
         bias: float32 [16 · row_blocks], see `pack_bias`.
         out: float16 or float32 [tokens, shape.outputs], see `Epilogue`.
         workspace: `prefill_workspace` bytes, as `decode_linear` wants it.
-        tile: instead of `tile_for`.
+        tile: instead of `tile_for`; its splits must find counters (`has_counters`).
     """
     if (epilogue == "swiglu") != shape.swiglu:
         raise ValueError(f"epilogue {epilogue} does not suit weights with swiglu {shape.swiglu}")
@@ -107,6 +107,8 @@ def prefill_linear(
     cut = tile or tile_for(shape, tokens=tokens, device=device)
     if cut.splits > 1 and workspace is None:
         raise ValueError("this linear needs a workspace")
+    if not has_counters(shape, tokens, cut):
+        raise ValueError(f"{cut} has more tiles than a workspace has counters, {COUNTERS_BYTES // 4}")
     weight = f"{shape.bits}, {shape.group}, {ZERO_NAMES[shape.zero]}, {shape.k}"
     parts = f"{cut.row_blocks}, {cut.tokens}, {cut.warps_r}, {cut.warps_t}"
     kernel = Kernel(
@@ -144,6 +146,12 @@ def tile_workspace(shape: PackedShape, tokens: int, tile: Tile) -> int:
     return COUNTERS_BYTES + x * y * tile.splits * tile.row_blocks * ROW_BLOCK * tile.tokens * 4
 
 
+def has_counters(shape: PackedShape, tokens: int, tile: Tile) -> bool:
+    """Whether each tile whose sums several splits leave has a counter of its own."""
+    x, y, splits = grid_of(shape, tokens, tile)
+    return splits == 1 or x * y <= COUNTERS_BYTES // 4
+
+
 @cache
 def tile_for(shape: PackedShape, *, tokens: int, device: Device) -> Tile:
     """The tile that should take the least time.
@@ -167,12 +175,12 @@ def tile_for(shape: PackedShape, *, tokens: int, device: Device) -> Tile:
 
 
 def _can_split(shape: PackedShape, tokens: int, tile: Tile, splits: int) -> bool:
-    x, y, _ = grid_of(shape, tokens, tile)
     # Sums of many tokens are many bytes to write and to read again.
     few = splits <= 2 if tokens > 256 else splits * tokens <= 512
     # A warp of 64 × 64 has no registers left for adding.
     small = tile.row_blocks * ROW_BLOCK * tile.tokens // tile.threads <= 64
-    return few and small and x * y <= COUNTERS_BYTES // 4 and shape.k // _STEP >= splits * tile.stages
+    counted = has_counters(shape, tokens, replace(tile, splits=splits))
+    return few and small and counted and shape.k // _STEP >= splits * tile.stages
 
 
 def _cost(shape: PackedShape, tokens: int, device: Device, tile: Tile) -> float:

@@ -175,6 +175,12 @@ template <int WRONG> __global__ void __launch_bounds__(32) beside(u16* out) {
   out[(WRONG ? 0 : blockIdx.x * 32) + threadIdx.x] = u16(blockIdx.x);
 }
 
+// Blocks count where, with WRONG, block 0 leaves something else.
+template <int WRONG> __global__ void __launch_bounds__(32) count_among(float* parts) {
+  if (WRONG && blockIdx.x == 0 && threadIdx.x < 2) parts[threadIdx.x] = 1.f;
+  if (threadIdx.x == 0) atomicAdd((u32*)parts + blockIdx.x, 1u), atomicAdd((u32*)parts + 1, 1u);
+}
+
 template <int N> __global__ void __launch_bounds__(32) first(float* y) { y[threadIdx.x] = 1.f; }
 
 // Waits too late, or, with N 1, in time.
@@ -352,10 +358,11 @@ def test_blocks_join_by_a_counter(compiler: EmulatedCompiler, seed: int) -> None
     arguments = (At("x"), At("parts"), At("counter"), At("out"))
     got = run(compiler, [probe("join<0>", *arguments, threads=64, blocks=5)] * 2, arrays, seed=seed)
     assert np.array_equal(got["out"], x.reshape(5, 64).sum(0)[np.arange(64) ^ 1])
-    for number in (1, 2):
+    # Without a counter the last block must not be the first to run: only what was written before is seen.
+    for number, order in ((1, seed), (2, 0)):
         launch = probe(f"join<{number}>", *arguments, threads=64, blocks=5)
         with pytest.raises(EmulationError, match="of the same launch wrote, without an atomic and barriers"):
-            run(compiler, [launch], arrays, seed=seed)
+            run(compiler, [launch], arrays, seed=order)
 
 
 def test_blocks_do_not_write_the_same_place(compiler: EmulatedCompiler) -> None:
@@ -364,6 +371,16 @@ def test_blocks_do_not_write_the_same_place(compiler: EmulatedCompiler) -> None:
     assert np.array_equal(got["out"], np.repeat(np.arange(3), 32))
     with pytest.raises(EmulationError, match=r"writes what thread 0 of block [01] of the same launch wrote"):
         run(compiler, [probe("beside<1>", At("out"), blocks=3)], {"out": out})
+
+
+@ORDERS
+def test_counters_do_not_lie_among_what_others_write(compiler: EmulatedCompiler, seed: int) -> None:
+    parts = np.zeros(3, np.uint32)
+    got = run(compiler, [probe("count_among<0>", At("parts"), blocks=3)], {"parts": parts}, seed=seed)
+    assert got["parts"].tolist() == [1, 4, 1]
+    message = r"writes what thread \d (of block \d of the same launch wrote|wrote .* without a barrier since)"
+    with pytest.raises(EmulationError, match=message):
+        run(compiler, [probe("count_among<1>", At("parts"), blocks=3)], {"parts": parts}, seed=seed)
 
 
 def test_early_kernels_wait_for_what_they_read(compiler: EmulatedCompiler) -> None:

@@ -25,7 +25,7 @@ What ends a launch with an `EmulationError` that says which kernel, block, threa
   __syncthreads, __syncwarp within a warp, the same named barrier, a cluster's; a shuffle is none;
 - shared memory that is read, or written again, while a cp.async to it has not been waited for;
 - what one block reads, or writes, of what another one of the same launch wrote, unless atomics and barriers
-  lie between them;
+  lie between them; an atomic meets nothing but atomics without them;
 - any access beyond an allocation or a block's shared memory, or not aligned to its size;
 - a barrier that not all reach, a shuffle with a lane that has left, lanes of a warp that call different
   things;

@@ -505,7 +505,7 @@ static void access_global(std::uintptr_t at, std::size_t size, std::size_t align
   const Launch& launch = *b.launch;
   const Request& request = launch.request;
   const Fiber& self = me();
-  Writer here{request.number, u32(b.number), self.now.epoch, u16(self.now.warp), u16(self.thread), 3};
+  Writer here{request.number, u32(b.number), self.now.epoch, u16(self.now.warp), u16(self.thread), 3, how == ATOMIC};
   if (size < GRAIN) here.bytes = 1 << at % GRAIN;
   if (request.early && !self.waited && how != READ && how != COPY)
     fail("writes to the device's memory before wait_for_previous");
@@ -514,14 +514,16 @@ static void access_global(std::uintptr_t at, std::size_t size, std::size_t align
   for (Writer* writer = first; writer < end; writer++) {
     const Writer was = *writer;
     const bool same = was.launch == here.launch && was.bytes & here.bytes;
+    // Atomics may meet atomics.
+    const bool ordered = how == READ || how == WRITE || (how == ATOMIC && !was.atomic);
     if (same && was.block == here.block) {
-      if ((how == READ || how == WRITE) && !was.before(here))
+      if (ordered && !was.before(here))
         fail("%s what thread %u wrote to the device's memory, without a barrier since",
              how == READ ? "reads" : "writes", was.thread);
     } else if (same) {
       // Another block's: it must have said so by an atomic, and this block must have heard. What a copy brings may be
       // in flux if nobody looks at it.
-      if (how == READ || how == WRITE) {
+      if (ordered) {
         const Writer &said = launch.atomics[was.block], &heard = launch.atomics[here.block];
         if (said.launch != here.launch || !was.before(said) || heard.launch != here.launch || !heard.before(here))
           fail("%s what thread %u of block %u of the same launch wrote, without an atomic and barriers between them",

@@ -11,7 +11,7 @@ namespace machine {
 // A thread of a block of a launch, in terms of the barriers that it had passed: see races.hpp.
 struct Writer {
   std::uint32_t launch, block, epoch;
-  std::uint16_t warp, thread : 10, bytes : 2;  // bytes: of the grain, a bit each
+  std::uint16_t warp, thread : 10, bytes : 2, atomic : 1;  // bytes: of the grain, a bit each
 
   // Whether a thread of the same block, that was there, came after a barrier since.
   bool before(const Writer& other) const {

@@ -121,6 +121,14 @@ def test_few_tokens_are_split_where_sms_would_idle() -> None:
     assert tile_for(SHAPES["Qwen3-8B down"], tokens=2048, device=DEVICES["h100"]).splits == 1
 
 
+def test_splits_without_counters_are_refused() -> None:
+    # 2,048 tiles, whose last counters would lie among the first one's sums.
+    tile = Tile(4, 32, 4, 1, 3, splits=2)
+    with pytest.raises(ValueError, match="more tiles than a workspace has counters, 1024"):
+        linear(SHAPES["Qwen3-8B down"], 1024, DEVICES["h100"], tile=tile)
+    assert linear(SHAPES["Qwen3-8B down"], 512, DEVICES["h100"], tile=tile)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(BuildError, match="more than the 4096 bytes"):
         tile_for(SHAPES["Qwen3-8B qkv"], tokens=64, device=Device(87, 16, 4096))

@@ -1,6 +1,6 @@
-"""Attention and the small kernels on a device: against float64, and how long they take.
+"""Attention and the small kernels on a device, against float64.
 
-python tools/gpu/attention_checks.py [--bench | --bench-only]
+python tools/gpu/attention_checks.py
 """
 
 from __future__ import annotations
@@ -504,193 +504,21 @@ def prepare(
     runner.prepare(launches)
 
 
-QWEN3_8B: Final = shape(32, 8, 128, 16, norm=True)
-SMOLLM2: Final = shape(9, 3, 64, 16)
-
-
-class Chain:
-    """Decode attention of a model, layer after layer, each with caches of its own; of Qwen3-8B by default."""
-
-    def __init__(
-        self,
-        runner: Runner,
-        rng: np.random.Generator,
-        rows: int,
-        length: int,
-        *,
-        int8: bool,
-        model: AttentionShape = QWEN3_8B,
-    ) -> None:
-        self._runner, self._rows = runner, rows
-        self.shape = kind = replace(model, max_seq=length, kv="int8" if int8 else "fp16")
-        self.layers = 36 if length < 5000 else 8
-        self.read = rows * 2 * kind.kv_heads * length * (kind.row_bytes + 2 * int8)
-        self._layer = Layer(rng, replace(kind, max_seq=16), 1)
-        table = np.zeros(rows, ROW)
-        table["slot"], table["past"] = np.arange(rows), length - 1
-        small = self._layer.arrays() | {
-            "rows": table,
-            "qkv": rng.standard_normal((rows, kind.qkv_width), np.float32).astype("<f2"),
-            "rope": rope_table(make_rotary(kind.head_size, 1e6), length),
-        }
-        names = ("keys", "values", "key_scales", "value_scales")
-        self.small = {name: array for name, array in small.items() if name not in names}
-        sizes = [kind.cache_bytes(rows)] * 2 + [kind.scale_bytes(rows)] * 2
-        self.large = {name: max(16, size * self.layers) for name, size in zip(names, sizes, strict=True)}
-        self.large |= {"out": rows * kind.heads * kind.head_size * 2, "workspace": 16 << 20}
-        self._caches = [
-            Cache(*(At(name, i * size) if size else None for name, size in zip(names, sizes, strict=True)))  # type: ignore[arg-type]
-            for i in range(self.layers)
-        ]
-
-    def allocate(self) -> None:
-        """The buffers that are too large to be made in numpy."""
-        for name, size in self.large.items():
-            value = 0 if name == "workspace" else 0x11
-            self._runner.driver.call("cuMemsetD8", self._runner.allocate(name, size), value, size)
-
-    def launches(self, device: Device) -> list[Launch]:
-        """Of all layers, cut for this device."""
-        return [
-            launch
-            for cache in self._caches
-            for launch in decode_launches(self.shape, self._layer, self._rows, device, cache)
-        ]
-
-    def time(self, device: Device, *, early: bool) -> float:
-        """µs of one layer, cut for this device."""
-        return self._runner.time(self.launches(device), early=early) / self.layers
-
-
-DECODE: Final = (
-    *((QWEN3_8B, rows, 640) for rows in (1, 2, 4, 8, 16)),
-    *((QWEN3_8B, 1, length) for length in (4096, 32704)),
-    *((SMOLLM2, rows, 640) for rows in (1, 8, 16)),
-)
-FEW: Final = ((1, 640), (1, 4096), (4, 640), (8, 640), (8, 4096))
-FEW_MULTIPROCESSORS: Final = (16, 14, 8)
-PREFILL: Final = ((64, 0), (512, 0), (2048, 0), (512, 3584), (16, 4080), (64, 4032), (256, 3840), (16, 512))
-
-
-def chains(runner: Runner, model: AttentionShape, rows: int, length: int) -> list[Chain]:
-    """With a cache of float16 and one of int8."""
-    rng = np.random.default_rng(0)
-    return [Chain(runner, rng, rows, length, int8=int8, model=model) for int8 in (False, True)]
-
-
-def prepare_bench(runner: Runner) -> None:
-    """Compile side by side what the benchmark measures."""
-    launches: list[Launch] = []
-    for model, rows, length in DECODE:
-        for chain in chains(runner, model, rows, length):
-            for sm in (runner.device.sm, 87):
-                launches += chain.launches(replace(runner.device, sm=sm))
-    for rows, length in FEW:
-        for chain in chains(runner, QWEN3_8B, rows, length):
-            for multiprocessors in FEW_MULTIPROCESSORS:
-                launches += chain.launches(few(multiprocessors))
-    for kind, tokens in product(("fp16", "int8"), {tokens for tokens, _ in PREFILL}):
-        model = shape(32, 8, 128, 16, int8=kind == "int8", norm=True)
-        launches += prefill_launches(
-            replace(model, max_seq=4096), Layer(np.random.default_rng(0), model, 1), tokens, runner.device
-        )
-    runner.prepare(launches)
-
-
-def few(multiprocessors: int) -> Device:
-    """As on Orin: so many SMs, neither clusters nor early starts."""
-    return Device(87, multiprocessors, 163 << 10)
-
-
-def bench_decode(runner: Runner) -> Iterator[str]:
-    """µs of decode attention for a layer, beside what reading its cache takes."""
-    kinds = "{} | after | no clusters | after"
-    yield f"| heads | rows × tokens | {kinds.format('fp16')} | read alone | {kinds.format('int8')} |"
-    yield "|---" * 11 + "|"
-    for model, rows, length in DECODE:
-        cells = []
-        for chain in chains(runner, model, rows, length):
-            with runner.buffers(chain.small):
-                chain.allocate()
-                for device in (runner.device, replace(runner.device, sm=87)):
-                    cells += [f"{chain.time(device, early=early):.1f}" for early in (True, False)]
-            if chain.shape.kv == "fp16":
-                cells.append(f"{chain.read / 3.11e6:.1f}")
-        heads = f"{model.heads}/{model.kv_heads} × {model.head_size}"
-        yield f"| {heads} | {rows} × {length:,} | " + " | ".join(cells) + " |"
-
-
-def bench_few(runner: Runner) -> Iterator[str]:
-    """What decode attention reads a second, GB, and its µs on few multiprocessors: as many blocks."""
-    counts = " | ".join(
-        f"{kind}: {multiprocessors}" for kind in ("fp16", "int8") for multiprocessors in FEW_MULTIPROCESSORS
-    )
-    yield f"| rows × tokens, GB/s (µs) | {counts} |"
-    yield "|---" * 7 + "|"
-    for rows, length in FEW:
-        cells = []
-        for chain in chains(runner, QWEN3_8B, rows, length):
-            with runner.buffers(chain.small):
-                chain.allocate()
-                for multiprocessors in FEW_MULTIPROCESSORS:
-                    us = chain.time(few(multiprocessors), early=False)
-                    cells.append(f"{chain.read / us / 1e3:.0f} ({us:.1f})")
-        yield f"| {rows} × {length:,} | " + " | ".join(cells) + " |"
-
-
-def bench_prefill(runner: Runner) -> Iterator[str]:
-    """µs of a layer's attention in prefill at Qwen3-8B's shape, keys in as many parts as fit and in one."""
-    yield "| tokens, after | append | attend | parts | in one part | TFLOP/s | int8 attend | in one part |"
-    yield "|---" * 8 + "|"
-    rng = np.random.default_rng(0)
-    for count, past in PREFILL:
-        chunk = np.zeros(1, CHUNK)
-        chunk["past"], chunk["count"] = past, count
-        pairs = count * past + count * (count + 1) // 2
-        cells = []
-        for int8 in (False, True):
-            kind = shape(32, 8, 128, 4096, int8=int8, norm=True)
-            layer = Layer(rng, kind, 1)
-            qkv = rng.standard_normal((count, kind.qkv_width), np.float32).astype("<f2")
-            arrays = layer.arrays() | {"chunk": chunk, "qkv": qkv, "out": poisoned((count, 4096), "<f2")}
-            size = prefill_attention_workspace(kind, tokens=count, device=runner.device)
-            arrays["workspace"] = np.zeros(max(size, COUNTERS_BYTES), np.uint8)
-            with runner.buffers(arrays):
-                append, attend = prefill_launches(kind, layer, count, runner.device)
-                whole = prefill_launches(kind, layer, count, replace(runner.device, multiprocessors=1))[1]
-                appended, attended, alone = (
-                    runner.time([launch] * 10) / 10 for launch in (append, attend, whole)
-                )
-            if int8:
-                cells += [f"{attended:.1f}", f"{alone:.1f}"]
-            else:
-                cells += [f"{appended:.1f}", f"{attended:.1f}", f"{attend.grid[2]}", f"{alone:.1f}"]
-                cells.append(f"{4 * pairs * 4096 / attended / 1e6:.0f}")
-        yield f"| {count:,}, {past:,} | " + " | ".join(cells) + " |"
-
-
 def main() -> int:
-    """Print a line for each check, then the benchmark if asked for; 1 if a check failed."""
+    """Print a line for each check; 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bench", action="store_true", help="also measure, as tables of docs/kernels.md")
-    parser.add_argument("--bench-only", action="store_true", help="measure without checking")
     parser.add_argument("--seed", type=int, default=None)
     arguments = parser.parse_args()
     runner = Runner()
     rng = np.random.default_rng(arguments.seed)
     failed = checked = 0
-    if not arguments.bench_only:
-        prepare(runner)
-        for check in (check_elementwise, check_decode, check_prefill):
-            for line, good in check(runner, rng):
-                print(line, flush=True)
-                checked += 1
-                failed += not good
-        print(f"{checked} checks, {failed} failed", flush=True)
-    if arguments.bench or arguments.bench_only:
-        prepare_bench(runner)
-        for bench in (bench_decode, bench_few, bench_prefill):
-            print("", *bench(runner), sep="\n", flush=True)
+    prepare(runner)
+    for check in (check_elementwise, check_decode, check_prefill):
+        for line, good in check(runner, rng):
+            print(line, flush=True)
+            checked += 1
+            failed += not good
+    print(f"{checked} checks, {failed} failed", flush=True)
     return int(failed > 0)
 
 

@@ -19,7 +19,14 @@ from numpy.typing import NDArray
 from runner import Runner, poisoned
 
 from edgellm.cuda.launch import At, Launch
-from edgellm.kernels.gemm import TILES, Tile, prefill_linear, prefill_workspace, tile_workspace
+from edgellm.kernels.gemm import (
+    TILES,
+    Tile,
+    has_counters,
+    prefill_linear,
+    prefill_workspace,
+    tile_workspace,
+)
 from edgellm.kernels.gemm import shared_bytes as gemm_shared_bytes
 from edgellm.kernels.linear import (
     BUCKETS,
@@ -269,9 +276,12 @@ def check_prefill(
     out = got["out"][:count].astype(np.float64)
     error = float(np.linalg.norm(out - want) / np.linalg.norm(want - old[:count] * residual))
     ERRORS.append(error)
-    if error <= TOLERANCE:
-        return []
-    return [f"{case}, {count} of {tokens} tokens, {tile}: error {error:.2e}"]
+    wrong = []
+    if not error <= TOLERANCE:
+        wrong.append(f"{case}, {count} of {tokens} tokens, {tile}: error {error:.2e}")
+    if workspace and got["workspace"][:COUNTERS_BYTES].any():
+        wrong.append(f"{case}, {count} of {tokens} tokens, {tile}: counters are left at other values than 0")
+    return wrong
 
 
 def prefill_launches(
@@ -352,7 +362,7 @@ def checks(
         for case, matrix in made
         if case.epilogue != "logits"
         for tokens, count in chunks
-        for tile in _tiles(matrix.shape, runner, every=tokens == chunks[-1][0])
+        for tile in _tiles(matrix.shape, tokens, runner, every=tokens == chunks[-1][0])
     ]
     runner.prepare(
         launch
@@ -364,12 +374,15 @@ def checks(
     return wrong
 
 
-def _tiles(shape: PackedShape, runner: Runner, *, every: bool) -> list[Tile | None]:
-    """What the device takes; `every`: and some of the tiles that fit, the smallest in two splits, too."""
+def _tiles(shape: PackedShape, tokens: int, runner: Runner, *, every: bool) -> list[Tile | None]:
+    """What the device takes; `every`: and some of the tiles that fit, the smallest in two splits, too, where
+    it can have them."""
     fitting = [tile for tile in TILES if gemm_shared_bytes(shape, tile) <= runner.device.shared_per_block]
-    smallest = fitting[-1]
-    parted = [replace(smallest, splits=2)] if shape.k // 64 >= 2 * smallest.stages else []
-    return [None, *([*fitting[:: max(1, len(fitting) // 3)], *parted] if every else [])]
+    some = fitting[:: max(1, len(fitting) // 3)]
+    parted = replace(fitting[-1], splits=2)
+    if shape.k // 64 >= 2 * parted.stages and has_counters(shape, tokens, parted):
+        some.append(parted)
+    return [None, *(some if every else [])]
 
 
 def _launches(runner: Runner, case: Case, matrix: Matrix, rows: int, cut: Tuning) -> list[Launch]:

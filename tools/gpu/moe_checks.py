@@ -1,6 +1,6 @@
-"""Mixtures of experts on a device: against float64, and how fast they are beside what memory can give.
+"""Mixtures of experts on a device, against float64.
 
-python tools/gpu/moe_checks.py [--bench]
+python tools/gpu/moe_checks.py
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from numpy.typing import NDArray
 from runner import Runner, poisoned
 
 from edgellm.cuda.launch import At, Device, Launch
-from edgellm.kernels.gemm import prefill_workspace
-from edgellm.kernels.linear import BUCKETS, COUNTERS_BYTES
+from edgellm.kernels.linear import BUCKETS
 from edgellm.kernels.moe import (
     PIECE,
     chunk_mixture,
     mixture_workspace,
     places_of,
+    router_workspace,
     row_mixture,
 )
-from edgellm.kernels.moe_cuts import Cuts, Tuning, shared_bytes, tiled, tuned
+from edgellm.kernels.moe_cuts import Cuts, Tuning, tiled, tuned
 from edgellm.kernels.moe_shape import MixtureShape, MixtureWeights, Tokens
 from edgellm.kernels.norm import NormAhead
-from edgellm.kernels.packing import PackedShape, Zero, pack, packed_shape
+from edgellm.kernels.packing import Zero, pack, packed_shape
 from edgellm.kernels.rows import CHUNK, ROW
 
 TOLERANCE: Final = 2e-3
@@ -183,9 +183,9 @@ def check(
         "residual": old,
         "squares": poisoned((tokens, layer.hidden // 16), np.float32),
         "workspace": poisoned((mixture_workspace(mixture, tokens, device),), np.uint8),
-        "linear_workspace": np.zeros(COUNTERS_BYTES + (1 << 20), np.uint8),
+        "linear_workspace": np.zeros(router_workspace(mixture, tokens, device, chunk=chunk), np.uint8),
     }
-    got = runner.run(_launches(mixture, device, tokens, chunk=chunk, cuts=cuts), arrays)
+    got = runner.run(launches_of(mixture, device, tokens, chunk=chunk, cuts=cuts), arrays)
     out = got["residual"]
     wrong = []
     if not np.array_equal(out[~there], old[~there]):
@@ -213,7 +213,7 @@ def check(
     if not chunk:
         left = {name: got[name][there] for name in ("scaled", "squares")}
         wrong += [f"{what}: {each}" for each in norms.wrong_ahead(left, out[there], gain, scales[there])]
-    again = runner.run(_launches(mixture, device, tokens, chunk=chunk, cuts=cuts), arrays)
+    again = runner.run(launches_of(mixture, device, tokens, chunk=chunk, cuts=cuts), arrays)
     if not np.array_equal(again["residual"], out):
         wrong.append(f"{what}: not the same a second time")
     return wrong
@@ -228,7 +228,7 @@ def _best(weights: Experts, x: Array) -> Array:
     return best
 
 
-def _launches(
+def launches_of(
     mixture: MixtureShape,
     device: Device,
     tokens: int,
@@ -237,10 +237,15 @@ def _launches(
     copy: str = "",
     cuts: Cuts | None = None,
 ) -> list[Launch]:
+    """A step of a layer over buffers of these names.
+
+    Args:
+        copy: behind the names of `x` and `workspace`.
+        cuts: instead of what the device takes.
+    """
     x, residual, workspace = At(f"x{copy}"), At("residual"), At(f"workspace{copy}")
     linear = At("linear_workspace")
     if chunk:
-        assert prefill_workspace(mixture.router, tokens, device) <= COUNTERS_BYTES + (1 << 20)
         return chunk_mixture(
             mixture,
             tokens,
@@ -290,7 +295,7 @@ def checks(
     runner.prepare(
         launch
         for _, weights, tokens, chunk, cuts in todo
-        for launch in _launches(weights.mixture, runner.device, tokens, chunk=chunk, cuts=cuts)
+        for launch in launches_of(weights.mixture, runner.device, tokens, chunk=chunk, cuts=cuts)
     )
     wrong: list[str] = []
     for layer, weights, tokens, chunk, cuts in todo:
@@ -306,7 +311,8 @@ def _cuts(mixture: MixtureShape, tokens: int, device: Device, tiled_from: int | 
     return [None, tiles] if tiles else [None]
 
 
-def _row_cuts(cuts: Cuts) -> tuple[Tuning, Tuning]:
+def row_cuts(cuts: Cuts) -> tuple[Tuning, Tuning]:
+    """Of gate and up, and of down, where neither is a tile."""
     assert isinstance(cuts.gate_up, Tuning) and isinstance(cuts.down, Tuning)
     return cuts.gate_up, cuts.down
 
@@ -315,107 +321,8 @@ def _others(mixture: MixtureShape, rows: int, device: Device) -> Cuts:
     """Cut as no device would: few blocks, each with items of several groups, and large teams."""
     best = tuned(mixture, rows=rows, device=device)
     return Cuts(
-        *(replace(cut, blocks=3, warps_k=4 if cut.warps_k == 1 else 1, stages=3) for cut in _row_cuts(best))
+        *(replace(cut, blocks=3, warps_k=4 if cut.warps_k == 1 else 1, stages=3) for cut in row_cuts(best))
     )
-
-
-COPIES: Final = 12
-"""Of a step over one layer's 128 experts, each with rows of its own: more bytes than any L2 holds."""
-
-
-def qwen3_30b(group: int) -> MixtureShape:
-    """A layer of Qwen3-30B-A3B in 4 bits."""
-    return MixtureShape(
-        8,
-        True,
-        PackedShape(128, 2048, 16, 64, "none"),
-        PackedShape(1536, 2048, 4, group, "zero_point", swiglu=True),
-        PackedShape(2048, 768, 4, group, "zero_point"),
-    )
-
-
-def bench(runner: Runner, group: int = 128, *, variants: bool = False) -> None:
-    """µs of one layer, by rows and by tokens."""
-    mixture = qwen3_30b(group)
-    rng = np.random.default_rng(0)
-    router = (rng.standard_normal((1, 128 * 2048)) * 0.02).astype(np.float16)
-    arrays: dict[str, Array] = {"router": router}
-    for name, shape in (("gate_up", mixture.gate_up), ("down", mixture.down)):
-        panels = rng.integers(0, 256, (shape.row_blocks * shape.panels, shape.panel_bytes), np.uint8)
-        # Scales and zero points that overflow nowhere.
-        panels[:, shape.number_bytes :].view("<u2")[:] = 0x1400
-        arrays[name] = np.tile(panels.reshape(-1), mixture.experts)
-    most = 2048
-    arrays["residual"] = np.zeros((most, 2048), np.float32)
-    arrays["squares"] = np.zeros((16, 128), np.float32)
-    arrays["gain"], arrays["scales"] = np.ones(2048, np.float32), np.ones(16, np.float32)
-    arrays["scaled"] = np.zeros((16, 2048), np.float16)
-    arrays["linear_workspace"] = np.zeros(COUNTERS_BYTES + (1 << 20), np.uint8)
-    arrays["rows"] = np.zeros(16, ROW)
-    for copy in range(COPIES):
-        arrays[f"x{copy}"] = rng.standard_normal((most if copy == 0 else 16, 2048)).astype(np.float16)
-        size = max(
-            mixture_workspace(mixture, rows, runner.device) for rows in (16, most if copy == 0 else 16)
-        )
-        arrays[f"workspace{copy}"] = np.zeros(size, np.uint8)
-    expert_bytes = mixture.gate_up.nbytes + mixture.down.nbytes
-    print(f"int4, groups of {group}; an expert has {expert_bytes / 1e6:.2f} MB")
-    print("| rows | warps_k | active | MB | all µs | route µs | gate, up µs | down µs | combine µs | GB/s |")
-    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-    with runner.buffers(arrays):
-        for rows in (1, 4, 8, 16):
-            for cuts in _variants(mixture, rows, runner.device, variants=variants):
-                steps = [
-                    _launches(mixture, runner.device, rows, chunk=False, copy=str(copy), cuts=cuts)
-                    for copy in range(COPIES)
-                ]
-                whole = runner.time([launch for step in steps for launch in step]) / COPIES
-                parts = [runner.time([step[i] for step in steps]) / COPIES for i in range(1, 5)]
-                active = 0
-                for copy in range(COPIES):
-                    got = runner.download(f"workspace{copy}", arrays[f"workspace{copy}"])
-                    places = places_of(mixture, rows, runner.device, cuts)
-                    active += int(got[places.groups :][:4].view("<i4")[0])
-                read = active / COPIES * expert_bytes / 1e6
-                speed = read / (parts[1] + parts[2]) * 1e3
-                shown = " | ".join(f"{part:.1f}" for part in parts)
-                cut = cuts or tuned(mixture, rows=rows, device=runner.device)
-                teams = ", ".join(str(each.warps_k) for each in _row_cuts(cut))
-                print(
-                    f"| {rows} | {teams} | {active / COPIES:.1f} | {read:.1f} | "
-                    f"{whole:.1f} | {shown} | {speed:.0f} |",
-                    flush=True,
-                )
-        runner.allocate("chunk", 16)
-        runner.upload("chunk", np.array([(0, 0, most, 0)], CHUNK))
-        tiles = tiled(mixture, rows=PIECE, device=runner.device)
-        for tokens, cuts in ((128, None), (512, None), (512, tiles), (2048, None), (2048, tiles)):
-            launches = _launches(mixture, runner.device, tokens, chunk=True, copy="0", cuts=cuts)
-            took = runner.time(launches, repeats=5)
-            flop = tokens * 8 * 3 * 2048 * 768 * 2
-            how = " in tiles" if cuts else ""
-            print(f"chunk of {tokens}{how}: {took:.0f} µs, {flop / took / 1e6:.1f} TFLOP/s")
-            names = ("router", "choose", "route", "gate, up", "down", "combine")
-            parts = [runner.time([each], repeats=5) for each in launches[:6]]
-            print(", ".join(f"{name} {part:.1f}" for name, part in zip(names, parts, strict=True)))
-
-
-def _variants(mixture: MixtureShape, rows: int, device: Device, *, variants: bool) -> list[Cuts | None]:
-    """None: as the device takes it; other ways to cut."""
-    found: list[Cuts | None] = [None]
-    if not variants:
-        return found
-    best = tuned(mixture, rows=rows, device=device)
-    for warps_k in (1, 2, 4):
-        parts = [replace(cut, warps_k=warps_k) for cut in _row_cuts(best)]
-        fitting = [
-            replace(cut, stages=cut.stages - 1)
-            if shared_bytes(shape, cut) > (device.shared_per_block - 1024) // 2
-            else cut
-            for cut, shape in zip(parts, (mixture.gate_up, mixture.down), strict=True)
-        ]
-        found.append(Cuts(*fitting))
-    return found
 
 
 def main() -> int:
@@ -423,8 +330,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--bench", action="store_true", help="measure a layer of Qwen3-30B-A3B, too")
-    parser.add_argument("--variants", action="store_true", help="with other cuts")
     parser.add_argument("--seed", type=int, default=None)
     args = parser.parse_args()
     seed = secrets.randbits(31) if args.seed is None else args.seed
@@ -435,8 +340,6 @@ def main() -> int:
     )
     for line in wrong[:40]:
         print(line, flush=True)
-    if args.bench:
-        bench(runner, variants=args.variants)
     return bool(wrong)
 
 

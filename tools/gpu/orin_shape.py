@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-from attention_checks import Chain
+from attention_bench import Chain
 from few_sms import FewMultiprocessors
 from figures import Figures
 from limited import Say
