@@ -378,7 +378,10 @@ def shared_bytes(shape: PackedShape, rows: int, cut: Tuning) -> int:
     size += cut.sets * cut.warps * cut.abreast * rows * _LINE * 4
     if cut.join == "cluster":
         side = cut.warps // cut.warps_k * cut.abreast
-        size += -(-shape.row_blocks // (cut.blocks * side)) * side * rows * ROW_BLOCK * 4
+        # Of its share of the elements, 32 at a time, what each of the cluster's blocks found.
+        lines, sums = (8, 2) if shape.swiglu else (16, 1)
+        elements = -(-shape.row_blocks // (cut.blocks * side)) * side * rows * lines
+        size += -(-elements // (32 * cut.slabs)) * 32 * cut.slabs * sums * 4
     return size
 
 
