@@ -22,7 +22,9 @@ from linear_bench import QWEN3_8B, SMOLLM2, BenchModel, LinearBench
 from runner import Runner
 
 from edgellm.cuda.launch import Device
-from edgellm.kernels.linear import BUCKETS, Tuning, candidates, shared_bytes, tuned
+from edgellm.kernels.linear import BUCKETS
+from edgellm.kernels.linear_cut import Tuning, shared_bytes
+from edgellm.kernels.linear_tuned import candidates, tuned
 from edgellm.kernels.packing import PackedShape
 
 MODELS: Final = {model.name.lower(): model for model in (QWEN3_8B, SMOLLM2)}
