@@ -1,17 +1,17 @@
 // Attention of a decode step: one new token for each row, over all that its slot holds.
 //
-// A row's tokens are cut into pieces of 16 · WARPS, one tile of 16 for each warp. Laid end to end, the pieces of all
-// rows, KV head after KV head, are dealt evenly to the grid's blocks: a row's pieces may lie in several blocks, which
-// then leave partial sums, and a block's pieces in several rows. The grid does not depend on the lengths. Where there are
+// A row's tokens are cut into tiles of 16. Laid end to end, the tiles of all rows, KV head after KV head, are dealt evenly
+// to the grid's blocks, and a block's tiles of a row in turn to its warps: a row's tiles may lie in several blocks, which
+// then leave partial sums, and a block's tiles in several rows. The grid does not depend on the lengths. Where there are
 // enough blocks for each row and head to have some of its own, they do, unless one of them would have much more to do
 // than with all dealt evenly: a second row is a second beginning and end. `attention_decode.py` has the same arithmetic.
 //
-// With compute capability 9 each row and KV head has a cluster of CLUSTER blocks instead, among which its pieces are
+// With compute capability 9 each row and KV head has a cluster of CLUSTER blocks instead, among which its tiles are
 // dealt; their sums meet in the first block's shared memory, which takes a fraction of the way through L2.
 #include "attention_tile.cuh"
 #include "rows.cuh"
 
-constexpr int SECOND_ROW = 2;  // what a second row takes a block, in pieces
+constexpr int SECOND_ROW = 3;  // what a second row takes a block, in tiles of each warp
 
 // D: head size. QUERIES: query heads of a KV head. CLUSTER: blocks of one, 1 where there are none.
 template <int D, int QUERIES, int KV_HEADS, bool INT8, bool NORM, int WARPS, int STAGES, int CLUSTER>
@@ -20,7 +20,7 @@ DEVICE void attend(int row_count, int max_seq, const Row* __restrict__ rows, con
                    float epsilon, float scale, u8* keys, u8* values, u16* key_scales, u16* value_scales, u16* out,
                    float* partials, u32* counters) {
   using Cache = CacheRow<D, INT8>;
-  constexpr int PIECE = TILE * WARPS, HEADS = KV_HEADS * QUERIES, WIDTH = (HEADS + 2 * KV_HEADS) * D;
+  constexpr int ROUND = TILE * WARPS, HEADS = KV_HEADS * QUERIES, WIDTH = (HEADS + 2 * KV_HEADS) * D;
   constexpr int MATRIX = TILE * Cache::STRIDE, SCALES = INT8 ? 2 * TILE * 2 : 0, STAGE = 2 * MATRIX + SCALES;
   constexpr int GATHERED = QUERIES * D / 4 + QUERIES;
   constexpr int PARTIAL = (QUERIES * (D + 2) + 3) / 4 * 4;  // floats
@@ -35,14 +35,13 @@ DEVICE void attend(int row_count, int max_seq, const Row* __restrict__ rows, con
   __shared__ float2 statistics[WARPS][QUERIES];  // reference, sum of 2^(logit − reference)
   __shared__ bool is_last;
 
-  launch_dependents();
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   // Lane i knows row i. In a cluster there is one row, which every lane knows.
   const Row mine = CLUSTER > 1        ? rows[blockIdx.z]
                    : lane < row_count ? rows[lane]
                                       : Row{-1, 0, 0, 0};
-  const int pieces = mine.slot < 0 ? 0 : mine.past / PIECE + 1;
-  int ends = pieces;
+  const int row_tiles = mine.slot < 0 ? 0 : mine.past / TILE + 1;
+  int ends = row_tiles;
   if constexpr (CLUSTER == 1) {
 #pragma unroll
     for (int o = 1; o < 32; o <<= 1) {
@@ -50,32 +49,33 @@ DEVICE void attend(int row_count, int max_seq, const Row* __restrict__ rows, con
       if (lane >= o) ends += before;
     }
   }
-  const int total = CLUSTER > 1 ? pieces : __shfl_sync(FULL_WARP, ends, 31);
+  const int total = CLUSTER > 1 ? row_tiles : __shfl_sync(FULL_WARP, ends, 31);
   const int all = CLUSTER > 1 ? total : total * KV_HEADS;
   int share = (all + int(gridDim.x) - 1) / int(gridDim.x);
   int begin = int(blockIdx.x) * share, end = min(begin + share, all);
   int own = -1;  // the first of the blocks that have this row and head to themselves
   if constexpr (CLUSTER == 1) {
-    const u32 active = __ballot_sync(FULL_WARP, pieces > 0);
+    const u32 active = __ballot_sync(FULL_WARP, row_tiles > 0);
     const int row_total = __popc(active), units = row_total * KV_HEADS;
     if (units > 0 && units <= int(gridDim.x)) {
-      const int each = int(gridDim.x) / units, longest = int(__reduce_max_sync(FULL_WARP, u32(pieces)));
-      if ((longest + each - 1) / each <= share + SECOND_ROW) {
+      const int each = int(gridDim.x) / units, longest = int(__reduce_max_sync(FULL_WARP, u32(row_tiles)));
+      if ((longest + each - 1) / each <= share + SECOND_ROW * WARPS) {
         const int unit = int(blockIdx.x) / each, head = unit / row_total;
-        const bool is_row = pieces > 0 && __popc(active & ((1u << lane) - 1)) == unit - head * row_total;
+        const bool is_row = row_tiles > 0 && __popc(active & ((1u << lane) - 1)) == unit - head * row_total;
         const int row = __ffs(__ballot_sync(FULL_WARP, is_row)) - 1;
-        const int row_pieces = __shfl_sync(FULL_WARP, pieces, row);
-        const int first = head * total + __shfl_sync(FULL_WARP, ends, row) - row_pieces;
+        const int here = __shfl_sync(FULL_WARP, row_tiles, row);
+        const int first = head * total + __shfl_sync(FULL_WARP, ends, row) - here;
         own = unit * each;
-        share = (row_pieces + each - 1) / each;
+        share = (here + each - 1) / each;
         begin = first + (int(blockIdx.x) - own) * share;
-        end = unit < units ? min(begin + share, first + row_pieces) : begin;
+        end = unit < units ? min(begin + share, first + here) : begin;
       }
     }
   }
   if (CLUSTER > 1 && total > 0) cluster_arrive();  // this block's shared memory is there
   if (begin >= end) {
     wait_for_previous();
+    launch_dependents();
     if (CLUSTER > 1 && total > 0) {
       cluster_wait();
       cluster_arrive();
@@ -83,34 +83,34 @@ DEVICE void attend(int row_count, int max_seq, const Row* __restrict__ rows, con
     return;
   }
 
-  // The row and head that a piece belongs to, which has the pieces from `begin` to `end`.
+  // The row and head that a tile belongs to, which has the tiles from `begin` to `end`.
   struct Stretch {
     int row, head, slot, past, begin, end;
   };
-  auto stretch_of = [&](int piece) {
+  auto stretch_of = [&](int tile) {
     if constexpr (CLUSTER > 1) {
       return Stretch{int(blockIdx.z), int(blockIdx.y), mine.slot, mine.past, 0, total};
     } else {
-      const int head = piece / total, before = head * total;
-      const int row = __ffs(__ballot_sync(FULL_WARP, ends > piece - before)) - 1;
+      const int head = tile / total, before = head * total;
+      const int row = __ffs(__ballot_sync(FULL_WARP, ends > tile - before)) - 1;
       const int until = before + __shfl_sync(FULL_WARP, ends, row);
       return Stretch{row,
                      head,
                      __shfl_sync(FULL_WARP, mine.slot, row),
                      __shfl_sync(FULL_WARP, mine.past, row),
-                     until - __shfl_sync(FULL_WARP, pieces, row),
+                     until - __shfl_sync(FULL_WARP, row_tiles, row),
                      until};
     }
   };
 
-  // This warp's tile of the next piece that is not on its way yet. A tile is one stretch of the cache; the new token is
-  // not there yet.
+  // `coming`: the first of the block's next tiles that are not on their way yet, one for each warp as long as the row has
+  // some. A tile is one stretch of the cache; the new token is not there yet.
   u8* const my_ring = ring + warp * STAGES * STAGE;
   int coming = begin, coming_end = begin, cached = 0;  // tokens of the tile and after it that the cache has
   const u8 *key = nullptr, *value = nullptr;
   const u16* scales = nullptr;  // of keys in lanes 0 and 1, of values in 2 and 3
   auto aim = [&](const Stretch& s) {
-    const int token = (coming - s.begin) * PIECE + warp * TILE;
+    const int token = (coming - s.begin + warp) * TILE;
     const u64 at = (u64(s.slot) * KV_HEADS + s.head) * max_seq + token;
     key = keys + at * Cache::BYTES + lane * 16, value = values + at * Cache::BYTES + lane * 16;
     if (INT8) scales = (lane < 2 ? key_scales : value_scales) + at + (lane & 1) * 8;
@@ -136,37 +136,40 @@ DEVICE void attend(int row_count, int max_seq, const Row* __restrict__ rows, con
         if (INT8 && lane < 4) copy_async(stage + 2 * MATRIX + lane * 16, scales);
       };
       // Values that have no weight must be finite: bytes are, float16s are fetched as zeros.
-      if (INT8 ? cached > 0 : cached >= TILE) {
+      if (coming + warp >= coming_end) {
+      } else if (INT8 ? cached > 0 : cached >= TILE) {
         copy([](int) { return true; });
-      } else if (!INT8 && cached >= 0) {
+      } else if (!INT8) {
         copy([&](int in_tile) { return in_tile < cached; });
       }
-      coming++, cached -= PIECE;
-      key += PIECE * Cache::BYTES, value += PIECE * Cache::BYTES, scales += PIECE;
+      coming = min(coming + WARPS, coming_end), cached -= ROUND;
+      key += ROUND * Cache::BYTES, value += ROUND * Cache::BYTES, scales += ROUND;
     }
     copy_async_commit();
   };
   Stretch stretch = stretch_of(begin);
-  aim(stretch);
-#pragma unroll
-  for (int s = 0; s < STAGES; s++) fetch(s * STAGE);
-
-  Pairs<D> q_gains, k_gains;
+  // Ahead of the ring: behind it they would arrive when it has.
+  Pairs<D> q_gains, k_gains, turn;
   if (NORM) {
     load_pairs<D>(q_gains, lane, [&](int j) { return __ldg(q_gain + j); });
     load_pairs<D>(k_gains, lane, [&](int j) { return __ldg(k_gain + j); });
   }
+  load_pairs<D>(turn, lane, [&](int j) { return __ldg(angles + u64(stretch.past) * D + j); });
+  aim(stretch);
+#pragma unroll
+  for (int s = 0; s < STAGES; s++) fetch(s * STAGE);
 
   bool waited = false;
   int offset = 0;  // of the ring's stage that is next
-  for (int piece = begin; piece < end;) {
-    if (piece != begin) stretch = stretch_of(piece);
+  for (int tile = begin; tile < end;) {
+    if (tile != begin) {
+      stretch = stretch_of(tile);
+      load_pairs<D>(turn, lane, [&](int j) { return __ldg(angles + u64(stretch.past) * D + j); });
+    }
     const int row = stretch.row, head = stretch.head, slot = stretch.slot, past = stretch.past;
     const int row_begin = stretch.begin, row_end = stretch.end;
     const int until = min(end, row_end);
-    const bool whole = piece == row_begin && until == row_end, has_new = until == row_end;
-    Pairs<D> turn;
-    load_pairs<D>(turn, lane, [&](int j) { return __ldg(angles + u64(past) * D + j); });
+    const bool whole = tile == row_begin && until == row_end, has_new = until == row_end;
     if (!waited) wait_for_previous();
     waited = true;
 
@@ -206,14 +209,15 @@ DEVICE void attend(int row_count, int max_seq, const Row* __restrict__ rows, con
       }
     }
     __syncthreads();
+    launch_dependents();  // not sooner: what the next kernel asks for early would be ahead of the queries
 
     TileSums<D, QUERIES, INT8> tiles(queries, lane);
-    int there = past + 1 - ((piece - row_begin) * PIECE + warp * TILE);  // tokens of the tile and after it
+    int there = past + 1 - (tile - row_begin + warp) * TILE;  // tokens of the tile and after it
 #pragma unroll 1
-    for (; piece < until; piece++, there -= PIECE) {
+    for (; tile < until; tile += WARPS, there -= ROUND) {
       copy_async_wait<STAGES - 1>();
       __syncwarp();
-      if (there > 0) {
+      if (tile + warp < until) {
         u8* const stage = my_ring + offset;
         if (there <= TILE) {
           u8* const to = stage + (there - 1) * Cache::STRIDE;
@@ -230,10 +234,11 @@ DEVICE void attend(int row_count, int max_seq, const Row* __restrict__ rows, con
       fetch(offset);
       offset = offset == (STAGES - 1) * STAGE ? 0 : offset + STAGE;
     }
+    tile = until;
     tiles.leave(sums[warp], statistics[warp]);
     __syncthreads();
 
-    // Blocks with pieces of this row, and the place of this block's partial sums: a block has at most two rows that
+    // Blocks with tiles of this row, and the place of this block's partial sums: a block has at most two rows that
     // are not whole, its first and its last.
     const int first_block = own >= 0 ? own : row_begin / share;
     const int last_block = own >= 0 ? own + (row_end - row_begin - 1) / share : (row_end - 1) / share;
@@ -329,8 +334,8 @@ DEVICE void attend(int row_count, int max_seq, const Row* __restrict__ rows, con
 }
 
 // Shared memory, dynamic: a ring of STAGES tiles for each warp. Grid: blocks. At most 32 rows.
-template <int D, int QUERIES, int KV_HEADS, bool INT8, bool NORM, int WARPS, int STAGES>
-__global__ void __launch_bounds__(WARPS * 32, 1)
+template <int D, int QUERIES, int KV_HEADS, bool INT8, bool NORM, int WARPS, int STAGES, int BLOCKS>
+__global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     attention_decode(int row_count, int max_seq, const Row* __restrict__ rows, const u16* qkv,
                      const float* __restrict__ angles, const float* __restrict__ q_gain, const float* __restrict__ k_gain,
                      float epsilon, float scale, u8* keys, u8* values, u16* key_scales, u16* value_scales, u16* out,
@@ -340,10 +345,11 @@ __global__ void __launch_bounds__(WARPS * 32, 1)
                                                              out, partials, counters);
 }
 
-// The ring, then room for every block's sums. Grid: (CLUSTER, KV_HEADS, rows).
+// The ring, then room for every block's sums. Grid: (CLUSTER, KV_HEADS, rows). BLOCKS: that a multiprocessor must have
+// registers for at a time.
 #if __CUDA_ARCH__ >= 900
-template <int D, int QUERIES, int KV_HEADS, bool INT8, bool NORM, int WARPS, int STAGES, int CLUSTER>
-__global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(WARPS * 32, 1)
+template <int D, int QUERIES, int KV_HEADS, bool INT8, bool NORM, int WARPS, int STAGES, int CLUSTER, int BLOCKS>
+__global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(WARPS * 32, BLOCKS)
     attention_decode_cluster(int max_seq, const Row* __restrict__ rows, const u16* qkv, const float* __restrict__ angles,
                              const float* __restrict__ q_gain, const float* __restrict__ k_gain, float epsilon,
                              float scale, u8* keys, u8* values, u16* key_scales, u16* value_scales, u16* out) {

@@ -25,16 +25,19 @@ TILE: Final = 16
 MOST_ROWS: Final = 32
 """A lane of a warp knows each row."""
 
-SECOND_ROW: Final = 2
-"""What a second row takes a block, in pieces: its beginning and its end."""
+SECOND_ROW: Final = 3
+"""What a second row takes a block, in tiles of each warp: its beginning and its end."""
 
 _SOURCE: Final = "attention_decode.cu"
 
 _CLUSTER_SM: Final = 90
 _CLUSTER_MULTIPROCESSORS: Final = 64
 """Fewer are too few for clusters to find room, and are filled without."""
-_MOST_CLUSTERED: Final = 8
-"""What every device with clusters can do."""
+_CLUSTER_SIZES: Final = (8, 4, 2)
+"""Of 8 blocks is what every device with clusters can do."""
+_BEYOND_CLUSTERS: Final = 12
+"""Multiprocessors that clusters of more than two blocks do not reach: a cluster's are of one GPC, and GPCs
+have 14 to 18. An H100 of 132 said so (cuOccupancyMaxActiveClusters): 30 clusters of 4, 15 of 8, 66 of 2."""
 
 _MOST_SHARED: Final = 224 * 1024
 _STATIC_SHARED: Final = 1024
@@ -50,17 +53,14 @@ class Plan:
         stages: tiles that each warp has on their way.
         blocks: in all; in clusters, for each row and KV head.
         clusters: whether a row's blocks are a cluster.
+        together: blocks that a multiprocessor must have room for at a time.
     """
 
     warps: int
     stages: int
     blocks: int
     clusters: bool = False
-
-    @property
-    def piece(self) -> int:
-        """Tokens that a block takes at a time."""
-        return TILE * self.warps
+    together: int = 1
 
 
 def plan(shape: AttentionShape, *, rows: int, device: Device) -> Plan:
@@ -75,43 +75,59 @@ def plan(shape: AttentionShape, *, rows: int, device: Device) -> Plan:
         raise BuildError(
             f"decode attention takes {COUNTERS // shape.kv_heads} rows of {shape.kv_heads} KV heads"
         )
-    size = _cluster_size(shape, rows, device)
-    gathered = size * _gathered_bytes(shape) if size > 1 else 0
-    # Clusters of 4 or 8 do not find every multiprocessor: two blocks should fit on one, or some have to wait.
-    crowded = size > 2 and 2 * rows * shape.kv_heads * size > device.multiprocessors
-    room = min(device.shared_per_block, _MOST_SHARED // (2 if crowded else 1)) - gathered
+    units = rows * shape.kv_heads
+    for size in _CLUSTER_SIZES if _has_clusters(device) else ():
+        if units * size <= device.multiprocessors and (cut := _clustered(shape, rows, device, size)):
+            return cut
+    warps = _warps(shape, device.shared_per_block)
+    stages = max(1, min(_stages(shape), _fitting(shape, warps, device.shared_per_block)))
+    rounds = units * -(-shape.max_seq // (TILE * warps))
+    return Plan(warps, stages, min(device.multiprocessors, rounds))
 
-    def fitting(warps: int) -> int:
-        return (room - _static_shared(shape, warps)) // (warps * _stage_bytes(shape))
 
-    warps = 8 if shape.queries <= 8 and fitting(8) >= 1 else 4
+def clusters_at_once(size: int, together: int, device: Device) -> int:
+    """Clusters of `size` blocks that run at a time, `together` of their blocks on a multiprocessor."""
+    reached = device.multiprocessors - (_BEYOND_CLUSTERS if size > 2 else 0)
+    return max(0, reached * together // size)
+
+
+def _has_clusters(device: Device) -> bool:
+    return device.sm >= _CLUSTER_SM and device.multiprocessors >= _CLUSTER_MULTIPROCESSORS
+
+
+def _clustered(shape: AttentionShape, rows: int, device: Device, size: int) -> Plan | None:
+    """With a cluster for each row and KV head; None: they do not all find room at a time."""
+    # One that does not waits until the others have ended.
+    together = 1 if rows * shape.kv_heads <= clusters_at_once(size, 1, device) else 2
+    room = min(device.shared_per_block, _MOST_SHARED // together) - size * _gathered_bytes(shape)
+    warps = _warps(shape, room)
     # A short context is in flight at once; smaller blocks leave more room for what comes next.
-    short = size > 1 and rows == 1 and shape.max_seq <= 2048
-    stages = max(1, min(1 if short else 2 if shape.kv == "fp16" else 3, fitting(warps)))
-    if size > 1:
-        return Plan(warps, stages, size, clusters=True)
-    pieces = rows * shape.kv_heads * -(-shape.max_seq // (TILE * warps))
-    return Plan(warps, stages, min(device.multiprocessors, pieces))
+    short = rows == 1 and shape.max_seq <= 2048
+    stages = min(1 if short else _stages(shape), _fitting(shape, warps, room))
+    return Plan(warps, stages, size, clusters=True, together=together) if stages else None
 
 
-def _cluster_size(shape: AttentionShape, rows: int, device: Device) -> int:
-    """Blocks of a cluster: as many as have a multiprocessor each; 1: clusters are not worth it."""
-    if device.sm < _CLUSTER_SM or device.multiprocessors < _CLUSTER_MULTIPROCESSORS:
-        return 1
-    size = _MOST_CLUSTERED
-    while size > 1 and rows * shape.kv_heads * size > device.multiprocessors:
-        size //= 2
-    return size
+def _warps(shape: AttentionShape, room: int) -> int:
+    return 8 if shape.queries <= 8 and _fitting(shape, 8, room) else 4
+
+
+def _stages(shape: AttentionShape) -> int:
+    return 2 if shape.kv == "fp16" else 3
+
+
+def _fitting(shape: AttentionShape, warps: int, room: int) -> int:
+    """Stages of each warp's ring that there is room for."""
+    return max(0, room - _static_shared(shape, warps)) // (warps * _stage_bytes(shape))
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """What one block does for one row and KV head: the row's pieces `first` … `last`, both included.
+    """What one block does for one row and KV head: the row's tiles `first` … `last`, both included.
 
     Attributes:
         head: the KV head.
         row: index in the step's rows.
-        whole: whether these are all of the row's pieces.
+        whole: whether these are all of the row's tiles.
         place: where in the block's two partial sums it leaves its own, unless whole.
     """
 
@@ -131,16 +147,16 @@ def segments(plan: Plan, kv_heads: int, pasts: Sequence[int | None]) -> Iterator
 
     In clusters blocks are numbered across rows and heads.
     """
-    pieces = [0 if past is None else past // plan.piece + 1 for past in pasts]
+    tiles = [0 if past is None else past // TILE + 1 for past in pasts]
     if plan.clusters:
-        for i, (row, head) in enumerate(product(range(len(pieces)), range(kv_heads))):
-            for block, each in _dealt(plan.blocks, [(head, row, pieces[row])]):
+        for i, (row, head) in enumerate(product(range(len(tiles)), range(kv_heads))):
+            for block, each in _dealt(plan.blocks, [(head, row, tiles[row])]):
                 yield i * plan.blocks + block, each
         return
-    work = [(head, row, count) for head in range(kv_heads) for row, count in enumerate(pieces) if count]
+    work = [(head, row, count) for head in range(kv_heads) for row, count in enumerate(tiles) if count]
     own = plan.blocks // len(work) if work else 0
-    even = -(-sum(pieces) * kv_heads // plan.blocks)
-    if own and -(-max(pieces) // own) <= even + SECOND_ROW:
+    even = -(-sum(tiles) * kv_heads // plan.blocks)
+    if own and -(-max(tiles) // own) <= even + SECOND_ROW * plan.warps:
         for i, unit in enumerate(work):
             for block, segment in _dealt(own, [unit]):
                 yield i * own + block, segment
@@ -149,7 +165,7 @@ def segments(plan: Plan, kv_heads: int, pasts: Sequence[int | None]) -> Iterator
 
 
 def _dealt(blocks: int, work: Sequence[tuple[int, int, int]]) -> Iterator[tuple[int, Segment]]:
-    """Deal (head, row, pieces), laid end to end, evenly to blocks."""
+    """Deal (head, row, tiles), laid end to end, evenly to blocks."""
     total = sum(count for _, _, count in work)
     share = -(-total // blocks)
     for block in range(blocks):
@@ -182,6 +198,7 @@ def decode_attention(
     cache: Cache,
     out: At,
     workspace: At,
+    cut: Plan | None = None,
 ) -> list[Launch]:
     """One new token for each row: rotate, append to the cache, attend.
 
@@ -191,11 +208,12 @@ def decode_attention(
         rope: `attention_shape.rope_table`.
         out: float16 [rows, heads · head_size]; nobody's rows stay as they are.
         workspace: `decode_workspace` bytes, at a multiple of 256.
+        cut: instead of `plan`'s.
 
     Raises:
         BuildError: more rows than the kernel takes.
     """
-    cut = plan(shape, rows=rows, device=device)
+    cut = cut or plan(shape, rows=rows, device=device)
     flags = (true_or_false(shape.kv == "int8"), true_or_false(shape.qk_norm))
     numbers = (shape.head_size, shape.queries, shape.kv_heads, *flags, cut.warps, cut.stages)
     shared = cut.warps * cut.stages * _stage_bytes(shape)
@@ -207,12 +225,14 @@ def decode_attention(
     if cut.clusters:
         kernel = Kernel(
             _SOURCE,
-            f"attention_decode_cluster<{', '.join(map(str, (*numbers, cut.blocks)))}>",
+            f"attention_decode_cluster<{', '.join(map(str, (*numbers, cut.blocks, cut.together)))}>",
             cut.warps * 32,
             shared + cut.blocks * _gathered_bytes(shape),
         )
         return [Launch(kernel, (cut.blocks, shape.kv_heads, rows), arguments)]
-    kernel = Kernel(_SOURCE, f"attention_decode<{', '.join(map(str, numbers))}>", cut.warps * 32, shared)
+    kernel = Kernel(
+        _SOURCE, f"attention_decode<{', '.join(map(str, (*numbers, cut.together)))}>", cut.warps * 32, shared
+    )
     return [Launch(kernel, (cut.blocks, 1, 1), (rows, *arguments, workspace + COUNTERS_BYTES, workspace))]
 
 

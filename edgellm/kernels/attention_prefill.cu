@@ -50,7 +50,7 @@ __global__ void rope_and_append(int max_seq, const Chunk* __restrict__ chunk, u1
 // Grid: (KV_HEADS, bucket · QUERIES / (16 · WARPS), parts); the last rows, which have most to do, come first.
 //
 // PARTED: the keys of a row are shared out among `parts` blocks, LEAST_TILES tiles each or more, so that a few tokens
-// behind many fill the device. Sums of more than one block meet in `partials`, where whoever comes last adds them up in
+// behind many fill the device; fewer than LEAST_PARTED tiles are not. Sums of more than one block meet in `partials`, where whoever comes last adds them up in
 // order; `attention_prefill.py` has the same arithmetic.
 template <int D, int QUERIES, int KV_HEADS, bool INT8, int WARPS, int KEYS, int STAGES, bool PARTED>
 __global__ void __launch_bounds__(WARPS * 32, 2)
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(WARPS * 32, 2)
   constexpr int STEPS = D / 16, TILES = KEYS / 8, HEADS = KV_HEADS * QUERIES, WIDTH = (HEADS + 2 * KV_HEADS) * D;
   constexpr int MATRIX = KEYS * Cache::STRIDE, SCALES = INT8 ? 2 * KEYS * 2 : 0, STAGE = 2 * MATRIX + SCALES;
   constexpr int ROWS = 16 * WARPS, THREADS = WARPS * 32;
-  constexpr int LEAST_TILES = 256 / KEYS;
+  constexpr int LEAST_TILES = 256 / KEYS, LEAST_PARTED = 768 / KEYS;
   constexpr int PARTIAL = ROWS * (D + 2);  // floats: of each row {largest logit, sum of weights}, then its sums
   DYNAMIC_SHARED(ring);
   __shared__ int part_count;
@@ -77,7 +77,9 @@ __global__ void __launch_bounds__(WARPS * 32, 2)
   const int last_token = min(first_row + ROWS, row_count) - 1;
   const int length = here.past + last_token / QUERIES + 1;  // keys that the block's last row sees
   const int all_tiles = (length + KEYS - 1) / KEYS;
-  const int share = PARTED ? max((all_tiles + int(gridDim.z) - 1) / int(gridDim.z), LEAST_TILES) : all_tiles;
+  const int share = PARTED && all_tiles >= LEAST_PARTED
+                        ? max((all_tiles + int(gridDim.z) - 1) / int(gridDim.z), LEAST_TILES)
+                        : all_tiles;
   const int begin = PARTED ? int(blockIdx.z) * share : 0, tiles = min(begin + share, all_tiles);
   if (PARTED && begin >= tiles) return;
   // Not in a register until it is needed: the loop over tiles has none to spare.

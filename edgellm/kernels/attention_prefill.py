@@ -20,7 +20,9 @@ _ON_A_MULTIPROCESSOR: Final = 2
 MOST_PARTS: Final = 16
 """More are more sums than the last block adds up in the time they save."""
 LEAST_TILES: Final = 256 // _KEYS
-"""Tiles of a part: with fewer, adding up takes longer."""
+"""Tiles of a part."""
+LEAST_PARTED: Final = 768 // _KEYS
+"""Tiles of a row that has parts: adding up sums takes as long as about eight tiles."""
 
 
 def rope_and_append(
@@ -59,7 +61,7 @@ def parts(shape: AttentionShape, *, tokens: int, device: Device) -> int:
 def part_tiles(parts: int, keys: int) -> list[range]:
     """The kernel's own arithmetic: the tiles of `keys` keys of each part; the last may have none."""
     tiles = -(-keys // _KEYS)
-    share = max(-(-tiles // parts), LEAST_TILES)
+    share = max(-(-tiles // parts), LEAST_TILES) if tiles >= LEAST_PARTED else tiles
     return [range(begin, min(begin + share, tiles)) for begin in range(0, tiles, share)]
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import attention_checks
 import numpy as np
 import pytest
 from attention_checks import shape
 from emulator.device import emulated_runner
-from emulator.driver import HOPPER, ORIN
+from emulator.driver import HOPPER, ORIN, EmulationError
+from runner import poisoned
 
-from edgellm.cuda.launch import Device
+from edgellm.cuda.launch import At, Device
+from edgellm.kernels.rows import ROW
 
 pytestmark = pytest.mark.emulated
 
@@ -47,6 +50,32 @@ def test_decode_attention(device: Device) -> None:
     buckets, cuts = (1, 3, 16), CUTS[device.sm]
     attention_checks.prepare(runner, SHAPES, buckets=buckets, cuts=cuts, chunks=())
     assert_all(attention_checks.check_decode(runner, rng, SHAPES, buckets=buckets, cuts=cuts))
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["fp16", "int8"])
+def test_a_steps_caches_are_read_early_because_earlier_steps_have_ended(*, int8: bool) -> None:
+    """Were the step before in the same graph, and this one early, it would read what is being appended."""
+    rng = np.random.default_rng(3)
+    runner = emulated_runner(HOPPER)
+    kind = shape(4, 2, 64, 96, int8=int8)
+    layer = attention_checks.Layer(rng, kind, 1)
+    tables = [np.zeros(1, ROW) for _ in range(2)]
+    tables[0]["past"], tables[1]["past"] = 40, 41
+    arrays = layer.arrays() | {
+        "rows": np.concatenate(tables),
+        "qkv": rng.standard_normal((1, kind.qkv_width), np.float32).astype("<f2"),
+        "out": poisoned((1, kind.heads * kind.head_size), "<f2"),
+        "workspace": np.zeros(1 << 20, np.uint8),
+    }
+    (first,) = attention_checks.decode_launches(kind, layer, 1, runner.device)
+    place = first.arguments.index(At("rows"))
+    later = (*first.arguments[:place], At("rows", ROW.itemsize), *first.arguments[place + 1 :])
+    second = replace(first, arguments=later)
+    runner.run([first, replace(second, early=False)], arrays)
+    with pytest.raises(
+        EmulationError, match="before wait_for_previous, what the launch 1 in front of it writes"
+    ):
+        runner.run([first, second], arrays)
 
 
 @DEVICES

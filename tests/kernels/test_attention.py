@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from compiled import DEVICES, assert_fits, compile_for, kernels_of
+from compiled import DEVICES, REGISTERS_PER_SM, assert_fits, compile_for, kernels_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,13 +14,16 @@ from edgellm.cuda.launch import At, Device, Launch
 from edgellm.errors import BuildError
 from edgellm.kernels.attention_decode import (
     SECOND_ROW,
+    TILE,
     Plan,
+    clusters_at_once,
     decode_attention,
     decode_workspace,
     plan,
     segments,
 )
 from edgellm.kernels.attention_prefill import (
+    LEAST_PARTED,
     LEAST_TILES,
     part_tiles,
     parts,
@@ -40,6 +43,8 @@ from edgellm.kernels.attention_shape import (
 from edgellm.model.rotary import make_rotary
 
 AT = At("x")
+ROWS = (1, 2, 4, 8, 16)
+SHARED_PER_SM = {80: 164 << 10, 86: 100 << 10, 87: 164 << 10, 90: 228 << 10}
 SHAPES = {
     "smollm2": AttentionShape(9, 3, 64, 1024, "fp16", 0.125),
     "qwen2.5-7b": AttentionShape(28, 4, 128, 32768, "int8", 0.088),
@@ -79,19 +84,19 @@ pasts = st.lists(st.none() | st.integers(0, 3000), min_size=1, max_size=16)
 
 
 @given(pasts, st.integers(1, 140), st.integers(1, 9), st.sampled_from([2, 4, 8]), st.booleans())
-def test_every_piece_of_every_row_and_head_has_one_block(
+def test_every_tile_of_every_row_and_head_has_one_block(
     pasts: list[int | None], blocks: int, heads: int, warps: int, clusters: bool
 ) -> None:
     cut = Plan(warps, 2, blocks, clusters)
     seen: Counter[tuple[int, int, int]] = Counter()
     for _, each in segments(cut, heads, pasts):
-        seen.update((each.head, each.row, piece) for piece in range(each.first, each.last + 1))
+        seen.update((each.head, each.row, tile) for tile in range(each.first, each.last + 1))
     wanted = {
-        (head, row, piece)
+        (head, row, tile)
         for head in range(heads)
         for row, past in enumerate(pasts)
         if past is not None
-        for piece in range(past // cut.piece + 1)
+        for tile in range(past // TILE + 1)
     }
     assert seen == Counter(wanted)
 
@@ -120,12 +125,12 @@ def test_blocks_have_equal_work_up_to_what_a_second_row_takes(
     work: Counter[int] = Counter()
     for block, each in segments(Plan(4, 2, blocks), heads, pasts):
         work[block] += each.last - each.first + 1
-    assert max(work.values(), default=0) <= -(-sum(work.values()) // blocks) + SECOND_ROW
+    assert max(work.values(), default=0) <= -(-sum(work.values()) // blocks) + SECOND_ROW * 4
 
 
 def test_few_rows_have_blocks_of_their_own() -> None:
     """640 tokens and eight KV heads, as on Orin: no block begins a second row, few sums are added up."""
-    for blocks, longest in ((16, 3), (14, 5), (8, 5)):
+    for blocks, longest in ((16, 20), (14, 40), (8, 40)):
         parts = list(segments(Plan(8, 2, blocks), 8, [639]))
         assert len({block for block, _ in parts}) == len(parts)
         assert max(each.last - each.first + 1 for _, each in parts) == longest
@@ -136,12 +141,13 @@ def test_few_rows_have_blocks_of_their_own() -> None:
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
 def test_the_grid_fills_the_device(shape: AttentionShape, device: Device) -> None:
-    for rows in (1, 2, 16):
+    for rows in (1, 2, 4, 8, 16):
         cut = plan(shape, rows=rows, device=device)
         assert cut.stages >= 1
         if cut.clusters:
             assert cut.blocks in (2, 4, 8)
             assert cut.blocks * shape.kv_heads * rows <= device.multiprocessors
+            assert shape.kv_heads * rows <= clusters_at_once(cut.blocks, cut.together, device)
             continue
         assert cut.blocks <= device.multiprocessors
         workspace = decode_workspace(shape, rows=rows, device=device)
@@ -156,10 +162,22 @@ def test_kernels_fit_without_spilling(name: str) -> None:
     launches = [
         launch
         for shape in SHAPES.values()
-        for rows in (1, 16)
+        for rows in ROWS
         for launch in (*decode(shape, rows, device), *prefill(shape, 16 * rows, device))
     ]
-    assert_fits(compile_for(kernels_of(launches), device.sm), device)
+    compiled = compile_for(kernels_of(launches), device.sm)
+    assert_fits(compiled, device)
+    together = {
+        decode(shape, rows, device)[0].kernel: plan(shape, rows=rows, device=device).together
+        for shape in SHAPES.values()
+        for rows in ROWS
+    }
+    for each in compiled:
+        count, took = together.get(each.kernel, 1), each.resources
+        warps = count * each.kernel.threads // 32
+        assert warps * -(-took.registers * 32 // 256) * 256 <= REGISTERS_PER_SM, each
+        # Beside what a block has itself the device takes 1 KiB of it.
+        assert count * (each.kernel.shared + took.shared + 1024) <= SHARED_PER_SM[device.sm], each
 
 
 @pytest.mark.parametrize(
@@ -233,6 +251,7 @@ def test_parts_have_every_tile_of_keys_once(count: int, keys: int) -> None:
     assert [tile for share in shares for tile in share] == list(range(-(-keys // 64)))
     assert len(shares) <= count
     assert all(len(share) >= LEAST_TILES for share in shares[:-1])
+    assert len(shares) == 1 or keys > (LEAST_PARTED - 1) * 64
 
 
 @given(st.integers(1, 2048), st.sampled_from(list(SHAPES.values())), st.sampled_from(list(DEVICES.values())))
