@@ -1,4 +1,4 @@
-"""How a decode linear is cut: what blocks and warps take of it, and the shared memory and registers that takes.
+"""How a decode linear is cut: what blocks and warps take of it, and the memory and registers that takes.
 
 `linear.cu` computes the same from its template's arguments.
 """
