@@ -13,19 +13,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from edgellm.cuda.launch import At, Device, Kernel, Launch
+from edgellm.cuda.launch import Argument, At, Device, Kernel, Launch
 from edgellm.kernels.gemm import Tile, prefill_linear, prefill_workspace
 from edgellm.kernels.gemm import shared_bytes as tile_bytes
 from edgellm.kernels.linear import ZERO_NAMES, decode_linear, decode_workspace
-from edgellm.kernels.moe_cuts import Cuts, Tuning, groups_most, shared_bytes, tuned
+from edgellm.kernels.moe_cuts import Cuts, Held, Tuning, groups_most, held_bytes, shared_bytes, tuned
 from edgellm.kernels.moe_shape import MixtureShape, MixtureWeights, Tokens
 from edgellm.kernels.norm import NormAhead
 from edgellm.kernels.packing import PackedShape
 
-PIECE: Final = 512
-"""Tokens of a chunk that go through the experts together: what is found for each of their pairs is kept."""
+_PIECE: Final = 2048
+_PIECE_PAIRS: Final = 1 << 14
+"""Tokens of a chunk that go through the experts together, and their pairs, which one block sorts. The more an
+expert has, the less often its weights are read; what is found for each pair is kept meanwhile."""
 
 _SOURCE: Final = "moe.cu"
+_EXPERTS: Final = "experts.cu"
 _ROUTE_WARPS: Final = 32
 _CHOOSE_WARPS: Final = 4
 _GROUP_BYTES: Final = 16
@@ -112,8 +115,9 @@ def chunk_mixture(
 ) -> list[Launch]:
     """residual += the mixture of x, for a chunk's bucket of tokens; `Args` as of `row_mixture`."""
     launches: list[Launch] = []
-    for first in range(0, tokens, PIECE):
-        piece = Tokens(min(PIECE, tokens - first), chunk=chunk, first=first)
+    longest = longest_piece(mixture)
+    for first in range(0, tokens, longest):
+        piece = Tokens(min(longest, tokens - first), chunk=chunk, first=first)
         here = x + first * mixture.hidden * 2
         places = places_of(mixture, piece.rows, device, cuts)
         launches += prefill_linear(
@@ -143,16 +147,26 @@ def chunk_mixture(
     return launches
 
 
+def longest_piece(mixture: MixtureShape) -> int:
+    """Tokens of a chunk that go through the experts together."""
+    return min(_PIECE, _PIECE_PAIRS // mixture.top_k // 128 * 128)
+
+
 def mixture_workspace(mixture: MixtureShape, tokens: int, device: Device) -> int:
     """Bytes that the launches for a bucket need between them."""
-    return places_of(mixture, min(tokens, PIECE), device).size
+    return max(places_of(mixture, rows, device).size for rows in _pieces(mixture, tokens))
 
 
 def router_workspace(mixture: MixtureShape, tokens: int, device: Device, *, chunk: bool) -> int:
     """Bytes that the router's linear needs of a workspace; 0: none."""
     if chunk:
-        return prefill_workspace(mixture.router, min(tokens, PIECE), device)
+        return max(prefill_workspace(mixture.router, rows, device) for rows in _pieces(mixture, tokens))
     return decode_workspace(mixture.router, tokens, device)
+
+
+def _pieces(mixture: MixtureShape, tokens: int) -> set[int]:
+    longest = longest_piece(mixture)
+    return {min(tokens, longest), tokens % longest or longest} if tokens > longest else {tokens}
 
 
 def places_of(mixture: MixtureShape, rows: int, device: Device, cuts: Cuts | None = None) -> Places:
@@ -196,12 +210,23 @@ def _after_scores(
         (mixture.gate_up, cuts.gate_up, weights.gate_up, x, inner),
         (mixture.down, cuts.down, weights.down, inner, found),
     ):
+        most = groups_most(mixture, tokens.rows, cuts.most)
+        arguments: tuple[Argument, ...] = (
+            groups,
+            pair_rows,
+            part,
+            taken,
+            given,
+            shape.row_blocks,
+            shape.outputs,
+        )
         if isinstance(cut, Tile):
-            kernel = _expert_gemm(shape, cut)
-            grid = (groups_most(mixture, tokens.rows, cut.tokens), -(-shape.row_blocks // cut.row_blocks), 1)
+            grid = (most, -(-shape.row_blocks // cut.row_blocks), 1)
+            yield Launch(_expert_gemm(shape, cut), grid, arguments)
+        elif isinstance(cut, Held):
+            yield Launch(_held_experts(shape, cut), (cut.blocks, 1, 1), (*arguments, 1 + most))
         else:
-            kernel, grid = _experts(shape, cut), (cut.blocks, 1, 1)
-        yield Launch(kernel, grid, (groups, pair_rows, part, taken, given, shape.row_blocks, shape.outputs))
+            yield Launch(_experts(shape, cut), (cut.blocks, 1, 1), arguments)
     narrow = str(cuts.narrow).lower()
     kernel = Kernel(_SOURCE, f"combine<{mixture.hidden}, {mixture.top_k}, {narrow}>", _COMBINE_THREADS)
     yield Launch(
@@ -253,24 +278,40 @@ def _route(
 
 
 def _experts(shape: PackedShape, cut: Tuning) -> Kernel:
-    # Gate and up take a pair's row, down what they left for the pair.
-    epilogue, gathered = ("SWIGLU", "true") if shape.swiglu else ("PAIRS", "false")
-    weights = f"{shape.bits}, {shape.group}, {ZERO_NAMES[shape.zero]}, {shape.k}"
+    parts = f"{cut.warps}, {cut.warps_k}, {cut.stages}"
     return Kernel(
-        _SOURCE,
-        f"experts<{weights}, {cut.most}, {epilogue}, {gathered}, {cut.warps}, {cut.warps_k}, {cut.stages}>",
+        _EXPERTS,
+        f"experts<{_weights(shape)}, {cut.most}, {_use(shape)}, {parts}>",
         cut.warps * 32,
         shared_bytes(shape, cut),
     )
 
 
+def _held_experts(shape: PackedShape, cut: Held) -> Kernel:
+    parts = f"{cut.warps}, {cut.warps_k}, {cut.stages}, {cut.abreast}, {cut.sets}"
+    return Kernel(
+        _EXPERTS,
+        f"held_experts<{_weights(shape)}, {cut.most}, {_use(shape)}, {parts}>",
+        cut.warps * 32,
+        held_bytes(shape, cut),
+    )
+
+
+def _weights(shape: PackedShape) -> str:
+    return f"{shape.bits}, {shape.group}, {ZERO_NAMES[shape.zero]}, {shape.k}"
+
+
+def _use(shape: PackedShape) -> str:
+    # Gate and up take a pair's row, down what they left for the pair.
+    return "SWIGLU, true" if shape.swiglu else "PAIRS, false"
+
+
 def _expert_gemm(shape: PackedShape, tile: Tile) -> Kernel:
     epilogue, gathered = ("SWIGLU", "true") if shape.swiglu else ("STORE", "false")
-    weights = f"{shape.bits}, {shape.group}, {ZERO_NAMES[shape.zero]}, {shape.k}"
     parts = f"{tile.row_blocks}, {tile.tokens}, {tile.warps_r}, {tile.warps_t}"
     return Kernel(
         "gemm.cu",
-        f"expert_gemm<{weights}, {parts}, {epilogue}, {gathered}, {tile.stages}>",
+        f"expert_gemm<{_weights(shape)}, {parts}, {epilogue}, {gathered}, {tile.stages}>",
         tile.threads,
         tile_bytes(shape, tile),
     )

@@ -10,7 +10,7 @@ from mixtures import MIXTURES
 
 from edgellm.cuda.launch import At, Device, Launch
 from edgellm.kernels.linear import BUCKETS
-from edgellm.kernels.moe import PIECE, chunk_mixture, mixture_workspace, places_of, row_mixture
+from edgellm.kernels.moe import chunk_mixture, longest_piece, mixture_workspace, places_of, row_mixture
 from edgellm.kernels.moe_cuts import Cuts, groups_most, tiled, tuned
 from edgellm.kernels.moe_shape import MixtureShape, MixtureWeights, Tokens
 from edgellm.kernels.norm import NormAhead
@@ -52,7 +52,7 @@ def chunk_launches(
 @pytest.mark.parametrize("shape", MIXTURES.values(), ids=MIXTURES)
 def test_parts_of_the_workspace_do_not_touch(shape: MixtureShape) -> None:
     device = DEVICES["agx orin"]
-    for rows in (*BUCKETS, PIECE):
+    for rows in (*BUCKETS, 512, longest_piece(shape)):
         places = places_of(shape, rows, device)
         pairs = rows * shape.top_k
         cuts = tuned(shape, rows=rows, device=device)
@@ -72,20 +72,19 @@ def test_parts_of_the_workspace_do_not_touch(shape: MixtureShape) -> None:
 
 def test_long_chunks_go_in_pieces() -> None:
     shape, device = MIXTURES["Qwen3-30B-A3B"], DEVICES["agx orin"]
-    launches = chunk_launches(shape, 2048, device)
+    longest = longest_piece(shape)
+    tokens = 2 * longest + 300
+    pieces = [(0, longest), (longest, longest), (2 * longest, 300)]
+    launches = chunk_launches(shape, tokens, device)
     choices = [launch for launch in launches if launch.kernel.expression.startswith("choose")]
-    assert [launch.arguments[1:3] for launch in choices] == [
-        (first, PIECE) for first in range(0, 2048, PIECE)
-    ]
+    assert [launch.arguments[1:3] for launch in choices] == pieces
     scored = [launch for launch in launches if launch.kernel.expression.startswith("gemm")]
-    assert [launch.arguments[2] for launch in scored] == [
-        At("x", first * 2048 * 2) for first in range(0, 2048, PIECE)
-    ]
+    assert [launch.arguments[2] for launch in scored] == [At("x", first * 2048 * 2) for first, _ in pieces]
     added = [launch for launch in launches if launch.kernel.expression.startswith("combine")]
     assert [launch.arguments[6] for launch in added] == [
-        At("residual", first * 2048 * 4) for first in range(0, 2048, PIECE)
+        At("residual", first * 2048 * 4) for first, _ in pieces
     ]
-    assert mixture_workspace(shape, 2048, device) == mixture_workspace(shape, PIECE, device)
+    assert mixture_workspace(shape, tokens, device) == places_of(shape, longest, device).size
 
 
 @pytest.mark.parametrize("name", ["a100", "rtx3090", "agx orin", "h100"])
@@ -94,7 +93,7 @@ def test_every_kind_compiles_and_fits(name: str) -> None:
     launches: list[Launch] = []
     for shape in MIXTURES.values():
         launches += rows_launches(shape, 1, device) + rows_launches(shape, 16, device)
-        launches += chunk_launches(shape, PIECE, device)
-        launches += chunk_launches(shape, PIECE, device, tiled(shape, rows=PIECE, device=device))
+        launches += chunk_launches(shape, 512, device)
+        launches += chunk_launches(shape, 512, device, tiled(shape, device=device))
     kernels = [kernel for kernel in kernels_of(launches) if kernel.source != "linear.cu"]
     assert_fits(compile_for(kernels, device.sm), device)

@@ -15,11 +15,14 @@ from edgellm.errors import BuildError
 from edgellm.kernels.gemm import Tile
 from edgellm.kernels.gemm import shared_bytes as tile_bytes
 from edgellm.kernels.linear import BUCKETS
-from edgellm.kernels.moe import PIECE
+from edgellm.kernels.moe import longest_piece
 from edgellm.kernels.moe_cuts import (
     Cuts,
+    Held,
     Tuning,
     groups_most,
+    held_bytes,
+    held_items_of,
     items_of,
     panels_of,
     shared_bytes,
@@ -47,6 +50,26 @@ def test_every_item_is_one_teams(row_blocks: int, groups: int, blocks: int, team
     assert taken == Counter((group, row_block) for group in range(groups) for row_block in range(row_blocks))
 
 
+@given(
+    st.integers(1, 300),
+    st.integers(0, 200),
+    st.sampled_from([4, 8, 14, 16, 132]),
+    st.sampled_from([(16, 16), (12, 6), (16, 4), (15, 5)]),
+    st.integers(1, 3),
+)
+def test_every_item_is_one_sides(
+    row_blocks: int, groups: int, blocks: int, warps: tuple[int, int], abreast: int
+) -> None:
+    cut = Held(blocks, *warps, 3, abreast, 2, 16)
+    taken = Counter(
+        item
+        for block in range(blocks)
+        for side in range(warps[0] // warps[1])
+        for item in held_items_of(row_blocks, groups, cut, block, side)
+    )
+    assert taken == Counter((group, row_block) for group in range(groups) for row_block in range(row_blocks))
+
+
 @pytest.mark.parametrize("shape", MIXTURES.values(), ids=MIXTURES)
 def test_a_team_multiplies_every_panel_once(shape: MixtureShape) -> None:
     for linear in (shape.gate_up, shape.down):
@@ -70,21 +93,24 @@ def test_groups_are_never_more_than_there_is_room_for(counts: list[int], most: i
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
 @pytest.mark.parametrize("shape", MIXTURES.values(), ids=MIXTURES)
 def test_cuts_fit_the_device_and_share_their_groups(shape: MixtureShape, device: Device) -> None:
-    for rows in (*BUCKETS, 64, PIECE):
+    for rows in (*BUCKETS, 64, longest_piece(shape)):
         cuts = tuned(shape, rows=rows, device=device)
         assert cuts.most <= rows
         for linear, cut in ((shape.gate_up, cuts.gate_up), (shape.down, cuts.down)):
             if isinstance(cut, Tile):
                 assert tile_bytes(linear, cut) <= device.shared_per_block and rows > BUCKETS[-1]
+            elif isinstance(cut, Held):
+                assert held_bytes(linear, cut) <= device.shared_per_block and rows <= BUCKETS[-1]
+                assert cut.stages >= 2 and linear.panels % cut.warps_k == cut.warps % cut.warps_k == 0
             else:
                 assert shared_bytes(linear, cut) <= device.shared_per_block
                 assert cut.stages >= 4
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
-def test_long_chunks_of_large_models_could_take_tiles(device: Device) -> None:
+def test_long_chunks_of_large_models_take_tiles(device: Device) -> None:
     for name in ("Qwen3-30B-A3B", "Qwen3-30B-A3B, Q4_1", "Qwen3-235B-A22B"):
-        cuts = tiled(MIXTURES[name], rows=PIECE, device=device)
+        cuts = tiled(MIXTURES[name], device=device)
         assert cuts is not None and cuts.narrow and cuts.most == 32
         for linear, cut in ((MIXTURES[name].gate_up, cuts.gate_up), (MIXTURES[name].down, cuts.down)):
             assert isinstance(cut, Tile) and tile_bytes(linear, cut) <= device.shared_per_block

@@ -12,13 +12,14 @@ from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
-from moe_checks import launches_of, row_cuts
+from moe_checks import launches_of
 from numpy.typing import NDArray
 from runner import Runner
 
 from edgellm.cuda.launch import Device, Launch
-from edgellm.kernels.moe import PIECE, mixture_workspace, places_of, router_workspace
-from edgellm.kernels.moe_cuts import Cuts, shared_bytes, tiled, tuned
+from edgellm.kernels.gemm import Tile
+from edgellm.kernels.moe import longest_piece, mixture_workspace, places_of, router_workspace
+from edgellm.kernels.moe_cuts import Cuts, Held, Tuning, held_bytes, tiled, tuned
 from edgellm.kernels.moe_shape import MixtureShape
 from edgellm.kernels.packing import PackedShape
 from edgellm.kernels.rows import CHUNK, ROW
@@ -51,15 +52,15 @@ def tables(runner: Runner, *, variants: bool = False) -> Iterator[str]:
     arrays = _arrays(mixture, runner.device)
     expert_bytes = mixture.gate_up.nbytes + mixture.down.nbytes
     yield f"int4, groups of {mixture.down.group}; an expert has {expert_bytes / 1e6:.2f} MB"
-    yield "| rows | warps_k | active | MB | all µs | route µs | gate, up µs | down µs | combine µs | GB/s |"
-    yield "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+    yield "| rows | cut | active | MB | all µs | route µs | gate, up µs | down µs | combine µs | GB/s |"
+    yield "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
     with runner.buffers(arrays):
         for rows in ROWS:
             for cuts in _variants(mixture, rows, runner.device, variants=variants):
                 yield _row_line(runner, mixture, arrays, rows, cuts)
         for tokens in CHUNKS:
             runner.upload("chunk", np.array([(0, 0, tokens, 0)], CHUNK))
-            for cuts in (None, tiled(mixture, rows=min(tokens, PIECE), device=runner.device)):
+            for cuts in (None, tiled(mixture, device=runner.device)):
                 yield from _chunk_lines(runner, mixture, tokens, cuts)
 
 
@@ -107,12 +108,17 @@ def _row_line(
         got = runner.download(f"workspace{copy}", arrays[f"workspace{copy}"])
         active += int(got[places_of(mixture, rows, device, cuts).groups :][:4].view("<i4")[0])
     read = active / COPIES * (mixture.gate_up.nbytes + mixture.down.nbytes) / 1e6
-    teams = ", ".join(
-        str(each.warps_k) for each in row_cuts(cuts or tuned(mixture, rows=rows, device=device))
-    )
+    taken = cuts or tuned(mixture, rows=rows, device=device)
+    how = ", ".join(_shown(cut) for cut in (taken.gate_up, taken.down))
     shown = " | ".join(f"{part:.1f}" for part in parts)
     speed = read / (parts[1] + parts[2]) * 1e3
-    return f"| {rows} | {teams} | {active / COPIES:.1f} | {read:.1f} | {whole:.1f} | {shown} | {speed:.0f} |"
+    return f"| {rows} | {how} | {active / COPIES:.1f} | {read:.1f} | {whole:.1f} | {shown} | {speed:.0f} |"
+
+
+def _shown(cut: Held | Tuning | Tile) -> str:
+    if isinstance(cut, Held):
+        return f"held {cut.warps_k}/{cut.warps} × {cut.abreast}, {cut.stages} stages, {cut.sets}"
+    return "tiles" if isinstance(cut, Tile) else f"teams {cut.warps_k}/{cut.warps}, {cut.stages} stages"
 
 
 def _chunk_lines(runner: Runner, mixture: MixtureShape, tokens: int, cuts: Cuts | None) -> Iterator[str]:
@@ -121,7 +127,8 @@ def _chunk_lines(runner: Runner, mixture: MixtureShape, tokens: int, cuts: Cuts 
     flop = tokens * mixture.top_k * 2 * 3 * mixture.hidden * mixture.down.k
     how = "in tiles" if cuts else "as the device takes it"
     yield f"chunk of {tokens} {how}: {took:.0f} µs, {flop / took / 1e6:.1f} TFLOP/s"
-    first: list[list[Launch]] = [[launch] for launch in launches[: len(launches) // -(-tokens // PIECE)]]
+    count = len(launches) // -(-tokens // longest_piece(mixture))
+    first: list[list[Launch]] = [[launch] for launch in launches[:count]]
     parts = ", ".join(f"{runner.time(each, repeats=5):.1f}" for each in first)
     yield f"router, choose, route, gate and up, down, combine by themselves: {parts}"
 
@@ -129,18 +136,20 @@ def _chunk_lines(runner: Runner, mixture: MixtureShape, tokens: int, cuts: Cuts 
 def _variants(mixture: MixtureShape, rows: int, device: Device, *, variants: bool) -> list[Cuts | None]:
     """None: as the device takes it; other ways to cut."""
     found: list[Cuts | None] = [None]
-    if not variants:
-        return found
     best = tuned(mixture, rows=rows, device=device)
-    for warps_k in (1, 2, 4):
-        parts = [replace(cut, warps_k=warps_k) for cut in row_cuts(best)]
-        fitting = [
-            replace(cut, stages=cut.stages - 1)
-            if shared_bytes(shape, cut) > (device.shared_per_block - 1024) // 2
-            else cut
-            for cut, shape in zip(parts, (mixture.gate_up, mixture.down), strict=True)
-        ]
-        found.append(Cuts(*fitting))
+    if not variants or not isinstance(best.gate_up, Held) or not isinstance(best.down, Held):
+        return found
+    found.append(tuned(mixture, rows=rows, device=device, held=False))
+    for abreast in (1, 2, 3):
+        for sets in (1, 2):
+            cuts = []
+            for shape, cut in ((mixture.gate_up, best.gate_up), (mixture.down, best.down)):
+                bare = replace(cut, abreast=abreast, sets=sets, stages=0)
+                available = device.shared_per_block - held_bytes(shape, bare)
+                stages = min(available // (cut.warps * abreast * shape.panel_bytes), 9)
+                cuts.append(replace(bare, stages=stages))
+            if all(cut.stages >= 2 for cut in cuts):
+                found.append(Cuts(*cuts))
     return found
 
 

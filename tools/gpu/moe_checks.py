@@ -19,16 +19,17 @@ from numpy.typing import NDArray
 from runner import Runner, poisoned
 
 from edgellm.cuda.launch import At, Device, Launch
+from edgellm.kernels.gemm import Tile
 from edgellm.kernels.linear import BUCKETS
 from edgellm.kernels.moe import (
-    PIECE,
     chunk_mixture,
+    longest_piece,
     mixture_workspace,
     places_of,
     router_workspace,
     row_mixture,
 )
-from edgellm.kernels.moe_cuts import Cuts, Tuning, tiled, tuned
+from edgellm.kernels.moe_cuts import Cuts, Held, Tuning, tiled, tuned
 from edgellm.kernels.moe_shape import MixtureShape, MixtureWeights, Tokens
 from edgellm.kernels.norm import NormAhead
 from edgellm.kernels.packing import Zero, pack, packed_shape
@@ -64,7 +65,7 @@ class Layer:
     zero: Zero
 
 
-CHUNKS: Final = (16, 128, 512, 1024)
+CHUNKS: Final = (16, 128, 512, 2200)
 """Buckets of tokens."""
 
 LAYERS: Final = (
@@ -190,7 +191,7 @@ def check(
     wrong = []
     if not np.array_equal(out[~there], old[~there]):
         wrong.append(f"{what}: rows that do not exist were written")
-    if tokens <= PIECE:
+    if tokens <= longest_piece(mixture):
         chosen = chosen_by(got, mixture, tokens, device, cuts)
         if (chosen[~there] >= 0).any():
             wrong.append(f"{what}: rows that do not exist have experts")
@@ -289,7 +290,7 @@ def checks(
         for layer, weights in made
         for chunk, counts in ((False, buckets), (True, chunks))
         for tokens in counts
-        if tokens <= PIECE or layer.hidden < 1024  # the reference takes long
+        if tokens <= 512 or layer.hidden < 1024  # the reference takes long
         for cuts in _cuts(weights.mixture, tokens, runner.device, tiled_from if chunk else None)
     ]
     runner.prepare(
@@ -306,23 +307,25 @@ def checks(
 def _cuts(mixture: MixtureShape, tokens: int, device: Device, tiled_from: int | None) -> list[Cuts | None]:
     """What the device takes, and other ways; `tiled_from` is None for rows."""
     if tiled_from is None:
-        return [None, _others(mixture, tokens, device)]
-    tiles = tiled(mixture, rows=min(tokens, PIECE), device=device) if tokens >= tiled_from else None
+        return [None, *_others(mixture, tokens, device)]
+    tiles = tiled(mixture, device=device) if tokens >= tiled_from else None
     return [None, tiles] if tiles else [None]
 
 
-def row_cuts(cuts: Cuts) -> tuple[Tuning, Tuning]:
-    """Of gate and up, and of down, where neither is a tile."""
-    assert isinstance(cuts.gate_up, Tuning) and isinstance(cuts.down, Tuning)
-    return cuts.gate_up, cuts.down
+def _others(mixture: MixtureShape, rows: int, device: Device) -> list[Cuts]:
+    """Cut as no device would: few blocks, each with items of several groups; rings as short as can be."""
+    teams, held = (tuned(mixture, rows=rows, device=device, held=each) for each in (False, True))
+    return [
+        Cuts(_other(teams.gate_up), _other(teams.down)),
+        Cuts(_other(held.gate_up), _other(held.down)),
+    ]
 
 
-def _others(mixture: MixtureShape, rows: int, device: Device) -> Cuts:
-    """Cut as no device would: few blocks, each with items of several groups, and large teams."""
-    best = tuned(mixture, rows=rows, device=device)
-    return Cuts(
-        *(replace(cut, blocks=3, warps_k=4 if cut.warps_k == 1 else 1, stages=3) for cut in row_cuts(best))
-    )
+def _other(cut: Held | Tuning | Tile) -> Held | Tuning | Tile:
+    assert not isinstance(cut, Tile)
+    if isinstance(cut, Held):
+        return replace(cut, blocks=3, stages=3 if cut.abreast == 1 else 2)
+    return replace(cut, blocks=3, warps_k=4 if cut.warps_k == 1 else 1, stages=3)
 
 
 def main() -> int:
