@@ -146,7 +146,9 @@ def tiled(mixture: MixtureShape, *, device: Device) -> Cuts | None:
             (
                 tile
                 for tile in TILES
-                if tile.tokens == _TILE_TOKENS and 2 * tile_bytes(shape, tile) <= device.shared_per_block
+                if tile.tokens == _TILE_TOKENS
+                and tile.warps_k == 1
+                and 2 * tile_bytes(shape, tile) <= device.shared_per_block
             ),
             None,
         )
