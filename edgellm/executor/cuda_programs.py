@@ -118,7 +118,7 @@ class Lowering:
         rows = min(MOST_ROWS, decode_buckets(shape.max_batch_size)[-1])
         sizes = {
             "weights": self._weights_bytes,
-            "kv_cache": len(self._attention) * 2 * self._layer_half_bytes(),
+            "kv_cache": len(self._attention) * self._cache_bytes(),
             "rope": attention.max_seq * attention.head_size * 4,
             "rows": rows * ROW.itemsize,
             "chunk": CHUNK.itemsize + prefill_buckets(shape)[-1] * 4,
@@ -136,16 +136,13 @@ class Lowering:
     def cache(self, layer: int) -> Cache:
         """Where a layer's keys and values lie in the buffer `kv_cache`."""
         attention, slots = self.attention, self._shape.max_batch_size
-        half = self._layer_half_bytes()
-        keys = At("kv_cache", layer * 2 * half)
-        values = keys + half
+        held = At("kv_cache", layer * self._cache_bytes())
         if not attention.scale_bytes(slots):
-            return Cache(keys, values)
-        scales = aligned(attention.cache_bytes(slots))
-        return Cache(keys, values, keys + scales, values + scales)
+            return Cache(held)
+        return Cache(held, held + aligned(attention.cache_bytes(slots)))
 
-    def _layer_half_bytes(self) -> int:
-        """Of a layer's keys, or of its values, with their scales."""
+    def _cache_bytes(self) -> int:
+        """Of a layer's keys and values, with their scales."""
         attention, slots = self.attention, self._shape.max_batch_size
         return aligned(attention.cache_bytes(slots)) + aligned(attention.scale_bytes(slots))
 
