@@ -78,8 +78,7 @@ class FakeDevice(FakeDriver):
 
     def _run(self, launches: list[tuple[str, Any, tuple[Any, ...]]]) -> None:
         first, (_, _, chosen) = launches[0], launches[-1]
-        self._adjustments_at = next(values[2] for name, _, values in launches if "adjust" in name)
-        _, sampling_at, logits_at, _, last_at, results_at = chosen
+        _, sampling_at, self._adjustments_at, logits_at, _, _, last_at, results_at = chosen
         last = _array(last_at, self._slots, np.int32)
         if re.search("embed_rows", first[0]):
             rows = _array(first[2][0], first[1].gridDimX, ROW)

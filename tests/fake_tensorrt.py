@@ -123,17 +123,14 @@ class PlanDevice(FakeDevice):
             numbers = (chunk["past"], count - 1, chunk["past"] + count)
             for at, number in zip(into[2:], numbers, strict=True):
                 array(at, (1,), np.int32)[0] = number
-        elif re.search("adjust", name):
-            self._adjustments_at = values[2]
-        elif re.search("choose", name):
-            rows_at, sampling_at, logits_at, _, last_at, results_at = values
-            count = config.gridDimX
+        else:
+            assert re.search("sample", name), name
+            rows_at, sampling_at, self._adjustments_at, logits_at, _, _, last_at, results_at = values
+            count = config.gridDimY
             logits = array(logits_at, (count, self._vocab), np.float32)
             last = array(last_at, (self._slots,), np.int32)
             for number, row in enumerate(array(rows_at, (count,), ROW)):
                 self._choose(row, logits[number], number, last, (sampling_at, logits_at, results_at))
-        else:
-            assert re.search("summarise", name), name
 
 
 @dataclass

@@ -27,7 +27,8 @@ from linear_bench import AHEAD, NORM, QWEN3_8B
 from edgellm.cuda.cubin import read_resources
 from edgellm.cuda.launch import At, Device
 from edgellm.cuda.nvrtc import Compiler
-from edgellm.kernels.linear import BUCKETS, decode_linear, tuned
+from edgellm.kernels.linear import BUCKETS, decode_linear
+from edgellm.kernels.linear_tuned import tuned
 from edgellm.kernels.packing import PackedShape
 
 DEVICES: Final = {"Orin NX": Device(87, 8, 163 << 10), "H100": Device(90, 132, 227 << 10)}

@@ -16,9 +16,9 @@ from collections.abc import Iterator, Mapping
 from typing import Final, Literal
 
 from edgellm.cuda.launch import At, Device, Launch
-from edgellm.executor.buckets import HISTORY, MOST_ROWS, decode_buckets, prefill_buckets
+from edgellm.executor.buckets import MOST_ROWS, decode_buckets, prefill_buckets
 from edgellm.executor.program import Program
-from edgellm.kernels.adjust import AdjustmentsShape, adjust
+from edgellm.executor.sampling_launches import sampling_buffers, tokens_of_logits
 from edgellm.kernels.attention_decode import decode_attention
 from edgellm.kernels.attention_decode import decode_workspace as attention_workspace
 from edgellm.kernels.attention_prefill import (
@@ -35,7 +35,6 @@ from edgellm.kernels.moe_shape import MixtureShape, MixtureWeights, Tokens
 from edgellm.kernels.norm import Norm as FusedNorm
 from edgellm.kernels.norm import NormAhead
 from edgellm.kernels.rows import CHUNK, ROW
-from edgellm.kernels.sample import SAMPLED, SAMPLING, sample, sample_workspace
 from edgellm.memory.arena import Buffer, aligned
 from edgellm.memory.plan import Shape
 from edgellm.model.network import Layer, Linear, Mixture, Network, Norm
@@ -80,7 +79,6 @@ class Lowering:
         self._device = device
         self._weights = weights
         self._weights_bytes = weights_bytes
-        self.adjustments = AdjustmentsShape(spec.vocab_size, HISTORY)
         capacity = -(-shape.max_seq_len // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE
         self._attention = [
             AttentionShape(
@@ -122,16 +120,12 @@ class Lowering:
             "rope": attention.max_seq * attention.head_size * 4,
             "rows": rows * ROW.itemsize,
             "chunk": CHUNK.itemsize + prefill_buckets(shape)[-1] * 4,
-            "last_token": shape.max_batch_size * 4,
-            "sampling": shape.max_batch_size * SAMPLING.itemsize,
-            "adjustments": shape.max_batch_size * self.adjustments.dtype.itemsize,
-            "results": rows * SAMPLED.itemsize,
             "linear_workspace": self._linear_workspace,
             "prefill_workspace": self._prefill_workspace,
             "attention_workspace": self._attention_workspace,
-            "sample_workspace": sample_workspace(self._spec.vocab_size, rows=rows),
         }
-        return tuple(Buffer(name, size) for name, size in sizes.items())
+        own = (Buffer(name, size) for name, size in sizes.items())
+        return (*own, *sampling_buffers(self._spec.vocab_size, slots=shape.max_batch_size, rows=rows))
 
     def cache(self, layer: int) -> Cache:
         """Where a layer's keys and values lie in the buffer `kv_cache`."""
@@ -331,25 +325,7 @@ class Lowering:
         network = self._network
         norm = self._found(network.norm, _AFTER_MLP_NORM, None)
         yield from self._row_linear(network.head, rows, _SCALED, At("logits"), norm=norm, epilogue="logits")
-        yield from adjust(
-            self.adjustments,
-            rows=rows,
-            rows_at=rows_at,
-            sampling=At("sampling"),
-            adjustments=At("adjustments"),
-            last_token=At("last_token"),
-            logits=At("logits"),
-        )
-        yield from sample(
-            self._spec.vocab_size,
-            rows=rows,
-            rows_at=rows_at,
-            sampling=At("sampling"),
-            logits=At("logits"),
-            last_token=At("last_token"),
-            results=At("results"),
-            workspace=At("sample_workspace"),
-        )
+        yield from tokens_of_logits(self._spec.vocab_size, rows, rows_at, self._device)
 
     def _norm_behind(self, index: int) -> Norm:
         """The norm behind a layer; of -1, behind the embedding."""

@@ -24,8 +24,9 @@ from edgellm.executor.cuda_memory import DeviceMemory
 from edgellm.executor.cuda_steps import Piece
 from edgellm.executor.device import STEP_LIMIT_S, DeviceExecutor
 from edgellm.executor.device_state import PIPELINE_DEPTH, DeviceState, HostMemory
+from edgellm.executor.sampling_launches import tokens_of_logits
 from edgellm.executor.tensorrt_buffers import HALF, cache_bytes, lasting_buffers, longest_chunk
-from edgellm.executor.tensorrt_launches import before_chunk, before_rows, behind, kernels_around
+from edgellm.executor.tensorrt_launches import before_chunk, before_rows, kernels_around
 from edgellm.executor.tensorrt_rows import DeviceRows
 from edgellm.memory.plan import Shape
 from edgellm.tensorrt.api import Api, find_api
@@ -259,13 +260,13 @@ class TensorRtExecutor(DeviceExecutor):
         self._bind(PREFILL, state.rows.row(piece.row.slot), 1, tokens)
         self._launch(before_chunk(tokens))
         state.runtime.execute(PREFILL)
-        self._launch(behind(self._spec.vocab_size, 1, At("chunk")))
+        self._launch(self._tokens_of(1, At("chunk")))
         return state.memory.at("logits")
 
     def _enqueue_rows(self, count: int) -> None:
         self._launch(before_rows(count))
         self._device_state.runtime.execute(DECODE)
-        self._launch(behind(self._spec.vocab_size, count, At("rows")))
+        self._launch(self._tokens_of(count, At("rows")))
 
     def _free(self, state: DeviceState) -> None:
         assert isinstance(state, _Loaded)
@@ -287,6 +288,10 @@ class TensorRtExecutor(DeviceExecutor):
             address = state.rows.address(number, first)
             runtime.bind(profile, f"past.{name}", address, shape)
             runtime.bind(profile, f"present.{name}", address)
+
+    def _tokens_of(self, rows: int, rows_at: At) -> list[Launch]:
+        device = self._device_state.driver.facts.device
+        return tokens_of_logits(self._spec.vocab_size, rows, rows_at, device)
 
     def _launch(self, launches: Sequence[Launch]) -> None:
         state = self._device_state

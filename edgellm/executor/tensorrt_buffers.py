@@ -8,10 +8,8 @@ from __future__ import annotations
 from typing import Final
 
 from edgellm.engine_config import BuildConfig
-from edgellm.executor.buckets import HISTORY
-from edgellm.kernels.adjust import AdjustmentsShape
+from edgellm.executor.sampling_launches import sampling_buffers
 from edgellm.kernels.rows import CHUNK, ROW
-from edgellm.kernels.sample import SAMPLED, SAMPLING, sample_workspace
 from edgellm.memory.arena import Buffer, aligned
 from edgellm.memory.plan import Shape
 from edgellm.model.spec import ModelSpec
@@ -57,13 +55,9 @@ def lasting_buffers(
         "last": slots * INDEX,
         "lengths": slots * INDEX,
         "logits": slots * spec.vocab_size * 4,
-        # What the host says of a step, and sampling's.
+        # What the host says of a step.
         "rows": slots * ROW.itemsize,
         "chunk": CHUNK.itemsize + tokens * INDEX,
-        "last_token": slots * INDEX,
-        "sampling": slots * SAMPLING.itemsize,
-        "adjustments": slots * AdjustmentsShape(spec.vocab_size, HISTORY).dtype.itemsize,
-        "results": slots * SAMPLED.itemsize,
-        "sample_workspace": sample_workspace(spec.vocab_size, rows=slots),
     }
-    return tuple(Buffer(name, size) for name, size in sizes.items())
+    own = (Buffer(name, size) for name, size in sizes.items())
+    return (*own, *sampling_buffers(spec.vocab_size, slots=slots, rows=slots))

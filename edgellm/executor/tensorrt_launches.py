@@ -1,14 +1,12 @@
-"""The kernels around a TensorRT plan: its inputs made before it, tokens chosen behind it."""
+"""The kernels around a TensorRT plan: its inputs are made before it, tokens chosen behind it."""
 
 from __future__ import annotations
 
 from typing import Final
 
 from edgellm.cuda.launch import At, Kernel, Launch
-from edgellm.executor.buckets import HISTORY
-from edgellm.kernels.adjust import AdjustmentsShape, adjust
+from edgellm.executor.sampling_launches import sampling_kernel
 from edgellm.kernels.feed import Inputs, feed_chunk, feed_rows
-from edgellm.kernels.sample import sample
 
 _INPUTS: Final = Inputs(At("tokens"), At("positions"), At("past"), At("last"), At("lengths"))
 
@@ -23,32 +21,7 @@ def before_chunk(tokens: int) -> list[Launch]:
     return feed_chunk(tokens, chunk=At("chunk"), inputs=_INPUTS)
 
 
-def behind(vocab: int, rows: int, rows_at: At) -> list[Launch]:
-    """From `logits` to `results` and `last_token`, for the rows that want a token."""
-    return [
-        *adjust(
-            AdjustmentsShape(vocab, HISTORY),
-            rows=rows,
-            rows_at=rows_at,
-            sampling=At("sampling"),
-            adjustments=At("adjustments"),
-            last_token=At("last_token"),
-            logits=At("logits"),
-        ),
-        *sample(
-            vocab,
-            rows=rows,
-            rows_at=rows_at,
-            sampling=At("sampling"),
-            logits=At("logits"),
-            last_token=At("last_token"),
-            results=At("results"),
-            workspace=At("sample_workspace"),
-        ),
-    ]
-
-
 def kernels_around(vocab: int) -> tuple[Kernel, ...]:
     """All of them; the number of rows is in the launches alone."""
-    launches = [*before_rows(1), *before_chunk(1), *behind(vocab, 1, At("rows"))]
-    return tuple(dict.fromkeys(launch.kernel for launch in launches))
+    feeding = [launch.kernel for launch in (*before_rows(1), *before_chunk(1))]
+    return (*dict.fromkeys(feeding), sampling_kernel(vocab))

@@ -1,4 +1,9 @@
-"""What a request wants changed of its logits on the device: a slot's state, and the launch of `adjust.cu`."""
+"""What a request wants changed of its logits on the device: a slot's state, as `adjust.cuh` reads it.
+
+The device adds what it generates to the history: the slot's token of before, when the next is to be chosen.
+Where min_tokens holds back all that there is, the row has nothing left; the host's sampler would look at the
+whole row again and let the end be chosen. No real vocabulary is that small.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,6 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm.cuda.launch import At, Kernel, Launch
 from edgellm.sampling import SamplingParams
 
 BIASES: Final = 1024
@@ -19,8 +23,6 @@ SUPPRESSED: Final = 64
 
 _MAX_BIAS: Final = 1e30
 """As the host's sampler has it."""
-
-_THREADS: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,11 @@ class AdjustmentsShape:
     def seen(self) -> int:
         """Distinct tokens that a slot's history has room for."""
         return min(self.vocab, self.max_seq)
+
+    @property
+    def numbers(self) -> str:
+        """Of the template."""
+        return f"{self.vocab}, {BIASES}, {SUPPRESSED}, {self.seen}"
 
     @property
     def dtype(self) -> np.dtype[np.void]:
@@ -100,29 +107,3 @@ def adjustments_state(
         state["history"]["id"][: len(distinct)] = distinct
         state["history"]["count"][: len(distinct)] = 1
     return state
-
-
-def adjust(
-    shape: AdjustmentsShape,
-    *,
-    rows: int,
-    rows_at: At,
-    sampling: At,
-    adjustments: At,
-    last_token: At,
-    logits: At,
-) -> list[Launch]:
-    """Change the logits of rows whose slots want it, in place; comes before `sample`.
-
-    Args:
-        rows: the bucket; `rows_at` is an array of as many `rows.ROW`, or one `rows.CHUNK`.
-        sampling: an array of `sample.SAMPLING`, one for each slot; those with ADJUSTED are concerned.
-        adjustments: an array of `shape.dtype`, one for each slot. The device adds what it generates to the
-            history: the slot's token of before, when the next is to be chosen.
-        last_token: int32, one for each slot.
-        logits: float32 [rows, vocab]. Where min_tokens holds back all that there is, they end as −inf
-            everywhere, and `sample` says NOTHING_LEFT; the host's sampler would look at the whole row again
-            and let the end be chosen. No real vocabulary is that small.
-    """
-    kernel = Kernel("adjust.cu", f"adjust<{shape.vocab}, {BIASES}, {SUPPRESSED}, {shape.seen}>", _THREADS)
-    return [Launch(kernel, (rows, 1, 1), (rows_at, sampling, adjustments, last_token, logits))]

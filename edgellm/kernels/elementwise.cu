@@ -45,6 +45,12 @@ __global__ void __launch_bounds__(THREADS)
   constexpr int FOURS = HIDDEN / 4, EACH = (FOURS + THREADS - 1) / THREADS;
   launch_dependents();
   const Row row = rows[blockIdx.x];
+  float4 g[EACH];
+#pragma unroll
+  for (int e = 0; e < EACH; e++) {
+    const int i = e * THREADS + threadIdx.x;
+    if (i < FOURS) g[e] = __ldg((const float4*)gain + i);
+  }
   wait_for_previous();
   if (row.slot < 0) return;
   const int token = row.token < 0 ? load_l2(last_token + row.slot) : row.token;
@@ -72,7 +78,7 @@ __global__ void __launch_bounds__(THREADS)
     const int i = e * THREADS + threadIdx.x;
     if (i >= FOURS) continue;
     ((float4*)(out + u64(blockIdx.x) * HIDDEN))[i] = v[e];
-    ((uint2*)(scaled + u64(blockIdx.x) * HIDDEN))[i] = scaled_four(v[e], __ldg((const float4*)gain + i), scale);
+    ((uint2*)(scaled + u64(blockIdx.x) * HIDDEN))[i] = scaled_four(v[e], g[e], scale);
   }
 }
 

@@ -61,6 +61,7 @@ DEVICE void linear_body(const u8* __restrict__ weights, const u16* x, const floa
   float* const parts = (float*)(shared + L::PARTS);
   float* const partials = (float*)(workspace + 4096);
 
+  if constexpr (JOIN == CLUSTER) cluster_started();
   // Where the next kernel finds room beside this one, it starts at once.
   if constexpr (BLOCKS > 1) launch_dependents();
   u32 lane = threadIdx.x % 32;
@@ -196,6 +197,9 @@ DEVICE void linear_body(const u8* __restrict__ weights, const u16* x, const floa
   }
 
   const W writer{factors, bias, out, gain, scales, scaled, squares_out, row_blocks, outputs};
+  const int rounds = (row_blocks - int(blockIdx.x) * SIDE_BY_SIDE + step - 1) / step;
+  const InCluster<SLABS, W::LINES> in_cluster(parts, rounds * SIDE_BY_SIDE * ROWS * W::LINES);
+  if constexpr (JOIN == CLUSTER) cluster_wait();  // all its blocks have started: their shared memory is there
   u32 used = 0, freed = (STAGES - 1) * UNIT;
   int round = 0;
 #pragma unroll 1
@@ -245,8 +249,8 @@ DEVICE void linear_body(const u8* __restrict__ weights, const u16* x, const floa
         const int row_block = row_block0 + at.sub;
         const bool there = e < ELEMENTS && row_block < row_blocks;
         if (e >= THREADS) before = writer.before(row_block, at.n, at.line);
-        const float v = there ? reduced(0, at.sub, at.n, at.line) : 0.f;
-        const float up = EPILOGUE == SWIGLU && there ? reduced(0, at.sub, at.n, at.line + 8) : 0.f;
+        const float v = there ? reduced(at.sub, at.n, at.line) : 0.f;
+        const float up = EPILOGUE == SWIGLU && there ? reduced(at.sub, at.n, at.line + 8) : 0.f;
         writer.put(row_block, at.n, at.line, there, v, up, before);
       }
     } else {
@@ -256,9 +260,10 @@ DEVICE void linear_body(const u8* __restrict__ weights, const u16* x, const floa
         const Element<ROWS, SIDE_BY_SIDE, ROW_BLOCK> at(e);
         const int row_block = row_block0 + at.sub;
         if (row_block >= row_blocks) continue;
-        const float v = reduced(0, at.sub, at.n, at.line);
+        const float v = reduced(at.sub, at.n, at.line);
         if constexpr (JOIN == CLUSTER) {
-          parts[round * ELEMENTS + e] = v;
+          const int element = ((round * SIDE_BY_SIDE + at.sub) * ROWS + at.n) * W::LINES + at.line % W::LINES;
+          in_cluster.put(slab, element, at.line / W::LINES, v);
         } else {
           partials[(((u64)slab * row_blocks + row_block) * ROWS + at.n) * ROW_BLOCK + at.line] = v;
         }
@@ -269,11 +274,9 @@ DEVICE void linear_body(const u8* __restrict__ weights, const u16* x, const floa
 
   const int row_block0 = blockIdx.x * SIDE_BY_SIDE;
   if constexpr (JOIN == CLUSTER) {
-    cluster_barrier();
-    // Each block takes its share of the elements of all rounds.
-    const InCluster<ROWS, SLABS, SIDE_BY_SIDE> source{parts};
-    writer.template put_all<ROWS, SIDE_BY_SIDE>(source, row_block0, step, round, slab * THREADS + threadIdx.x, SLABS * THREADS);
-    cluster_barrier();  // nobody leaves while others read its shared memory
+    cluster_arrive();
+    writer.template put_all<ROWS, SIDE_BY_SIDE>(in_cluster, row_block0, step, round, in_cluster.mine(slab, threadIdx.x),
+                                                SLABS * THREADS, [] { cluster_wait(); });
   }
   if constexpr (JOIN == LAST_BLOCK) {
     int* const last = (int*)reduce;  // whose sums everybody has read after the next barrier
@@ -289,7 +292,7 @@ DEVICE void linear_body(const u8* __restrict__ weights, const u16* x, const floa
     if (!*last) return;
     const InWorkspace<ROWS, SLABS> source{partials + (u64)row_block0 * ROWS * ROW_BLOCK, step,
                                           (u64)row_blocks * ROWS * ROW_BLOCK};
-    writer.template put_all<ROWS, SIDE_BY_SIDE>(source, row_block0, step, round, threadIdx.x, THREADS);
+    writer.template put_all<ROWS, SIDE_BY_SIDE>(source, row_block0, step, round, threadIdx.x, THREADS, [] {});
   }
 }
 

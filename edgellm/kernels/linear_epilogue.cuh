@@ -5,11 +5,11 @@
 
 enum Epilogue { STORE = 0, RESIDUAL = 1, SWIGLU = 2, LOGITS = 3 };
 
-// Where a slab's sums are found, by round, the row block's place among the block's, row and line of it.
+// Where sums are found.
 
 template <int ROWS, int WARPS_K, int ABREAST, int LINE> struct Reduced {  // of the warps of this block, in this round
   const float* buffer;
-  DEVICE float operator()(int, int sub, int n, int line) const {
+  DEVICE float operator()(int sub, int n, int line) const {
     const float* const from = buffer + ((sub / ABREAST * WARPS_K * ABREAST + sub % ABREAST) * ROWS + n) * LINE + line;
     float v[4] = {};  // no long chain of sums
 #pragma unroll
@@ -18,13 +18,24 @@ template <int ROWS, int WARPS_K, int ABREAST, int LINE> struct Reduced {  // of 
   }
 };
 
-template <int ROWS, int SLABS, int SIDE_BY_SIDE> struct InCluster {  // of the cluster's blocks
-  const float* parts;
-  DEVICE float operator()(int round, int sub, int n, int line) const {
-    const u32 at = shared_address(parts + ((round * SIDE_BY_SIDE + sub) * ROWS + n) * ROW_BLOCK + line);
+// In a cluster the elements of all rounds go round, 32 at a time, and each block writes what it found of an element into
+// the shared memory of the one whose it is. With SWIGLU an element has two sums.
+template <int SLABS, int LINES> struct InCluster {
+  static constexpr int SUMS = ROW_BLOCK / LINES;
+  float* parts;
+  int owned;  // elements of a block, at most
+
+  DEVICE InCluster(float* parts, int elements) : parts(parts), owned((elements + 32 * SLABS - 1) / (32 * SLABS) * 32) {}
+  DEVICE static int mine(int slab, int thread) { return (thread / 32 * SLABS + slab) * 32 + thread % 32; }
+  DEVICE static int place(int e) { return e / (32 * SLABS) * 32 + e % 32; }
+
+  DEVICE void put(int slab, int e, int which, float v) const {
+    store_cluster(cluster_address(shared_address(parts + (slab * SUMS + which) * owned + place(e)), e / 32 % SLABS), v);
+  }
+  template <class At> DEVICE float operator()(int e, const At&, int which) const {
     float v = 0.f;
 #pragma unroll
-    for (int i = 0; i < SLABS; i++) v += load_cluster(cluster_address(at, i));
+    for (int i = 0; i < SLABS; i++) v += parts[(i * SUMS + which) * owned + place(e)];
     return v;
   }
 };
@@ -33,11 +44,12 @@ template <int ROWS, int SLABS> struct InWorkspace {  // of all slabs; `partials`
   const float* partials;
   int step;
   u64 slab_stride;
-  DEVICE float operator()(int round, int sub, int n, int line) const {
-    const float* const at = partials + ((u64)(round * step + sub) * ROWS + n) * ROW_BLOCK + line;
+  template <class At> DEVICE float operator()(int, const At& at, int which) const {
+    const u64 row_block = at.round * step + at.sub;
+    const float* const from = partials + (row_block * ROWS + at.n) * ROW_BLOCK + at.line + which * 8;
     float v = 0.f;
 #pragma unroll
-    for (int i = 0; i < SLABS; i++) v += load_l2(at + i * slab_stride);
+    for (int i = 0; i < SLABS; i++) v += load_l2(from + i * slab_stride);
     return v;
   }
 };
@@ -105,11 +117,12 @@ template <int EPILOGUE, bool NORM> struct Writer {
   }
 
   // Elements `begin`, `begin + by`, … of all rounds of a block whose first row block is `row_block0`, some at a time so
-  // that their loads are in flight together.
-  template <int ROWS, int SIDE_BY_SIDE, class Source>
-  DEVICE void put_all(const Source& source, int row_block0, int step, int rounds, int begin, int by) const {
+  // that their loads are in flight together. `ready` is called once, when sums are wanted.
+  template <int ROWS, int SIDE_BY_SIDE, class Source, class Ready>
+  DEVICE void put_all(const Source& source, int row_block0, int step, int rounds, int begin, int by, Ready ready) const {
     constexpr int AT_ONCE = 4;
     const int elements = rounds * SIDE_BY_SIDE * ROWS * LINES;
+    bool waited = false;
 #pragma unroll 1
     for (int e0 = begin; (e0 & ~31) < elements; e0 += AT_ONCE * by) {
       float v[AT_ONCE], up[AT_ONCE];
@@ -121,11 +134,15 @@ template <int EPILOGUE, bool NORM> struct Writer {
         const int row_block = row_block0 + at.round * step + at.sub;
         there[i] = e0 + i * by < elements && row_block < row_blocks;
         old[i] = {0.f, 0.f}, v[i] = up[i] = 0.f;
-        if (there[i]) {
-          old[i] = before(row_block, at.n, at.line);
-          v[i] = source(at.round, at.sub, at.n, at.line);
-          if (EPILOGUE == SWIGLU) up[i] = source(at.round, at.sub, at.n, at.line + 8);
-        }
+        if (there[i]) old[i] = before(row_block, at.n, at.line);
+      }
+      if (!waited) ready();
+      waited = true;
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; i++) {
+        const Element<ROWS, SIDE_BY_SIDE, LINES> at(e0 + i * by);
+        if (there[i]) v[i] = source(e0 + i * by, at, 0);
+        if (EPILOGUE == SWIGLU && there[i]) up[i] = source(e0 + i * by, at, 1);
       }
 #pragma unroll
       for (int i = 0; i < AT_ONCE; i++) {
@@ -133,5 +150,6 @@ template <int EPILOGUE, bool NORM> struct Writer {
         put(row_block0 + at.round * step + at.sub, at.n, at.line, there[i], v[i], up[i], old[i]);
       }
     }
+    if (!waited) ready();
   }
 };

@@ -1,63 +1,80 @@
-// From logits to a token: what edgellm/executor/sampler.py does with a row that nothing adjusts.
+// From logits to a token: what edgellm/executor/sampler.py does with a row.
 //
-// A row is cut into segments of 128 logits. `summarise` notes of each its largest logit and its sum of weights, on the
-// whole device. `choose` is one block for each row: it takes the argmax of the segments, or finds which tokens
-// top_k, top_p and min_p keep and draws among them in the order of their ids.
+// A row is cut into segments of 128 logits, which several blocks part among them. Each changes of its logits what the
+// request wants changed, and notes of each segment the largest logit and the sum of weights. The block that ends last
+// takes the argmax of the segments, or finds which tokens top_k, top_p and min_p keep and draws among them in the order of
+// their ids.
+#include "adjust.cuh"
 #include "rows.cuh"
 #include "sample.cuh"
 #include "truncate.cuh"
 
 struct Summary {
-  float largest;  // infinite where a logit is NaN or +inf
+  float largest;  // infinite where a logit is NaN or +inf; never −0
   int id;         // the first with the largest logit
   float weight;   // sum of e^((x − largest) / temperature)
   float raw;      // sum of e^(x − largest), where a log-probability is wanted
 };
 
-// Grid: (segments / 8, rows).
-template <int VOCAB>
-__global__ void __launch_bounds__(256)
-    summarise(const Row* __restrict__ rows, const Sampling* sampling, const float* logits, Summary* summaries) {
-  constexpr int SEGMENTS = (VOCAB + SEGMENT - 1) / SEGMENT;
-  launch_dependents();
-  const int lane = threadIdx.x & 31, segment = blockIdx.x * 8 + (threadIdx.x >> 5);
-  const Row row = rows[blockIdx.y];
-  wait_for_previous();
-  if (segment >= SEGMENTS || row.slot < 0 || !(row.flags & WANTS_TOKEN)) return;
-  const u32 flags = load_l2(&sampling[row.slot].flags);
-  const float inverse_temperature = load_l2(&sampling[row.slot].inverse_temperature);
-  const float* const from = logits + u64(blockIdx.y) * VOCAB;
-  float x[4], best = -INFINITE;
+// Orders as the float does, which is not NaN.
+DEVICE u32 ordered(float v) {
+  const u32 bits = __float_as_uint(v);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+DEVICE float unordered(u32 key) { return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
+
+// A lane's logits of a segment: neighbours where rows begin at multiples of 16 bytes.
+template <int VOCAB> struct Lane {
+  static constexpr bool WIDE = VOCAB % 4 == 0;
+  float x[4];
+
+  DEVICE static int id(int segment, int i) {
+    const int lane = threadIdx.x & 31;
+    return segment * SEGMENT + (WIDE ? lane * 4 + i : i * 32 + lane);
+  }
+
+  DEVICE void load(const float* logits, int segment) {
+    if constexpr (WIDE) {
+      const float4 four = id(segment, 0) < VOCAB ? load_l2((const float4*)(logits + id(segment, 0)))
+                                                 : make_float4(-INFINITE, -INFINITE, -INFINITE, -INFINITE);
+      x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; i++) x[i] = id(segment, i) < VOCAB ? load_l2(logits + id(segment, i)) : -INFINITE;
+    }
+  }
+};
+
+// By a warp; of lane 0.
+template <int VOCAB> DEVICE Summary summary_of(const Lane<VOCAB>& lane, int segment, u32 flags, float inverse_temperature) {
+  float best = -INFINITE;
   int id = ANY_ID;
   bool finite = true;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const int at = segment * SEGMENT + i * 32 + lane;
-    x[i] = at < VOCAB ? load_l2(from + at) : -INFINITE;
-    finite &= x[i] < INFINITE;  // not so of NaN
-    if (x[i] > best) best = x[i], id = at;
+    finite &= lane.x[i] < INFINITE;  // not so of NaN
+    if (lane.x[i] > best) best = lane.x[i], id = lane.id(segment, i);
   }
-#pragma unroll
-  for (int o = 16; o; o >>= 1) {
-    const float other = __shfl_xor_sync(FULL_WARP, best, o);
-    const int other_id = __shfl_xor_sync(FULL_WARP, id, o);
-    if (other > best || (other == best && other_id < id)) best = other, id = other_id;
-  }
+  // −0 is as large as 0.
+  const u32 key = ordered(best + 0.f), top = __reduce_max_sync(FULL_WARP, key);
+  id = __reduce_min_sync(FULL_WARP, u32(key == top ? id : ANY_ID));
   finite = __all_sync(FULL_WARP, finite);
+  best = unordered(top);
   float weight = 0.f, raw = 0.f;
   if (finite && best > -INFINITE) {
     if (!(flags & GREEDY)) {
 #pragma unroll
-      for (int i = 0; i < 4; i++) weight += expf(__fmul_rn(__fsub_rn(x[i], best), inverse_temperature));
+      for (int i = 0; i < 4; i++) weight += expf(__fmul_rn(__fsub_rn(lane.x[i], best), inverse_temperature));
       weight = warp_sum(weight);
     }
     if (flags & LOGPROB) {
 #pragma unroll
-      for (int i = 0; i < 4; i++) raw += expf(x[i] - best);
+      for (int i = 0; i < 4; i++) raw += expf(lane.x[i] - best);
       raw = warp_sum(raw);
     }
   }
-  if (lane == 0) summaries[u64(blockIdx.y) * SEGMENTS + segment] = {finite ? best : INFINITE, id, weight, raw};
+  return {finite ? best : INFINITE, id, weight, raw};
 }
 
 // A token's weight, 0 if it is not kept.
@@ -164,10 +181,12 @@ DEVICE int draw_by_segments(const float* weights, const float* logits, const Sca
   return scratch.first;
 }
 
-// One block for each row.
-template <int VOCAB>
-__global__ void __launch_bounds__(CHOOSERS, 1) choose(const Row* __restrict__ rows, Sampling* sampling, const float* logits,
-                                                   const Summary* summaries, int* last_token, Sampled* results) {
+// Grid: (blocks, rows). `counters`, one for each row, are 0 before and after. A slot's state is what the host or the graph
+// before left, so it is read before the wait: once in a graph.
+template <int VOCAB, int BIASES, int SUPPRESSED, int SEEN>
+__global__ void __launch_bounds__(CHOOSERS, 1)
+    sample(const Row* __restrict__ rows, Sampling* sampling, Adjustments<BIASES, SUPPRESSED, SEEN>* adjustments,
+           float* logits, u32* counters, Summary* summaries, int* last_token, Sampled* results) {
   constexpr int SEGMENTS = (VOCAB + SEGMENT - 1) / SEGMENT, EACH = (SEGMENTS + CHOOSERS - 1) / CHOOSERS;
   __shared__ Scratch scratch;
   __shared__ float largest[SEGMENTS], weights[SEGMENTS];
@@ -177,17 +196,44 @@ __global__ void __launch_bounds__(CHOOSERS, 1) choose(const Row* __restrict__ ro
 
   launch_dependents();
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const Row row = rows[blockIdx.x];
-  wait_for_previous();
-  Sampled* const result = results + blockIdx.x;
+  const Row row = rows[blockIdx.y];
+  Sampled* const result = results + blockIdx.y;
   if (row.slot < 0 || !(row.flags & WANTS_TOKEN)) {
-    if (threadIdx.x == 0) *result = {-1, NONE, __int_as_float(0x7fc00000), 0};
+    wait_for_previous();
+    if (blockIdx.x == 0 && threadIdx.x == 0) *result = {-1, NONE, __int_as_float(0x7fc00000), 0};
     return;
   }
   Sampling* const mine = sampling + row.slot;
   const u32 flags = load_l2(&mine->flags), index = load_l2(&mine->index);
-  const float* const from = logits + u64(blockIdx.x) * VOCAB;
-  const Summary* const of = summaries + u64(blockIdx.x) * SEGMENTS;
+  const float inverse_temperature = load_l2(&mine->inverse_temperature);
+  float* const from = logits + u64(blockIdx.y) * VOCAB;
+  Summary* const of = summaries + u64(blockIdx.y) * SEGMENTS;
+  const int begin = SEGMENTS * blockIdx.x / gridDim.x, end = SEGMENTS * (blockIdx.x + 1) / gridDim.x;
+  wait_for_previous();
+
+  if (flags & ADJUSTED) {
+    const int last = load_l2(last_token + row.slot);
+    adjust(adjustments[row.slot], index, last, from, begin * SEGMENT, end * SEGMENT, scratch.first);
+  }
+  Lane<VOCAB> here, next;
+  here.load(from, begin + warp < end ? begin + warp : SEGMENTS);
+  for (int segment = begin + warp; segment < end; segment += CHOOSER_WARPS, here = next) {
+    next.load(from, segment + CHOOSER_WARPS < end ? segment + CHOOSER_WARPS : SEGMENTS);
+    const Summary found = summary_of(here, segment, flags, inverse_temperature);
+    if (lane == 0) of[segment] = found;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) scratch.last = count_arrival(counters + blockIdx.y, gridDim.x - 1) == gridDim.x - 1;
+  __syncthreads();
+  if (!scratch.last) return;
+  if (flags & ADJUSTED) count_token(adjustments[row.slot], index, load_l2(last_token + row.slot), scratch.first);
+  Wishes wishes{1, 1., 0.};
+  double u = 0.;
+  if (!(flags & GREEDY)) {
+    wishes = {load_l2(&mine->top_k), load_l2(&mine->top_p), load_l2(&mine->min_p)};
+    u = philox_uniform(load_l2(&mine->seed_low), load_l2(&mine->seed_high), index);
+    if (wishes.top_k >= VOCAB) wishes.top_k = 0;
+  }
 
   // The largest logit, of equal ones the first: as one number, of which the largest is wanted.
   u64 top = 0;
@@ -197,8 +243,7 @@ __global__ void __launch_bounds__(CHOOSERS, 1) choose(const Row* __restrict__ ro
     raw[e] = 0.f;
     if (segment < SEGMENTS) {
       const uint4 w = load_l2((const uint4*)(of + segment));
-      const u32 ordered = w.x & 0x80000000u ? ~w.x : w.x | 0x80000000u;
-      const u64 candidate = u64(ordered) << 32 | ~w.y;
+      const u64 candidate = u64(ordered(__uint_as_float(w.x))) << 32 | ~w.y;
       top = candidate > top ? candidate : top;
       largest[segment] = __uint_as_float(w.x);
       weights[segment] = __uint_as_float(w.z);
@@ -218,8 +263,7 @@ __global__ void __launch_bounds__(CHOOSERS, 1) choose(const Row* __restrict__ ro
     const u64 other = __shfl_xor_sync(FULL_WARP, top, o);
     top = other > top ? other : top;
   }
-  const u32 ordered = u32(top >> 32);
-  const float peak = __uint_as_float(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered);
+  const float peak = unordered(u32(top >> 32));
   if (!(fabsf(peak) < INFINITE) || flags & ON_HOST) {
     const bool emptied = flags & ADJUSTED && peak == -INFINITE;  // by what the request holds back
     const int status = emptied ? NOTHING_LEFT : fabsf(peak) < INFINITE ? FOR_HOST : NOT_FINITE;
@@ -228,10 +272,7 @@ __global__ void __launch_bounds__(CHOOSERS, 1) choose(const Row* __restrict__ ro
   }
   int token = int(~u32(top));
 
-  const int top_k = load_l2(&mine->top_k);
-  if (!(flags & GREEDY) && top_k != 1) {
-    const float inverse_temperature = load_l2(&mine->inverse_temperature);
-    const Wishes wishes{top_k < VOCAB ? top_k : 0, load_l2(&mine->top_p), load_l2(&mine->min_p)};
+  if (wishes.top_k != 1) {
     const bool truncated = wishes.few() || wishes.nucleus() || wishes.likely();
     Scale scale{peak, inverse_temperature, 1.f};
 
@@ -261,7 +302,6 @@ __global__ void __launch_bounds__(CHOOSERS, 1) choose(const Row* __restrict__ ro
       if (!listed && wishes.nucleus()) narrow<VOCAB, false>(kept, wishes.top_p, room.list, room.histogram, from, scale, scratch);
     }
 
-    const double u = philox_uniform(load_l2(&mine->seed_low), load_l2(&mine->seed_high), index);
     if (listed) {
       token = draw(room.list, listed, wishes.min_p, u, scratch);
     } else {

@@ -1,4 +1,4 @@
-"""Sampling on the device: a slot's state, a row's result, and the launches of `sample.cu`.
+"""Sampling on the device: a slot's state, a row's result, and the launch of `sample.cu`.
 
 The choice is `executor.sampler.Sampler`'s: the same uniform, the same kept set, the inverse CDF in the order
 of ids. Sums round differently, so that a token may differ where u is within a rounding error of a border.
@@ -11,8 +11,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm.cuda.launch import At, Kernel, Launch
-from edgellm.kernels.adjust import adjusts, can_adjust
+from edgellm.cuda.launch import At, Device, Kernel, Launch
+from edgellm.kernels.adjust import AdjustmentsShape, adjusts, can_adjust
 from edgellm.sampling import SamplingParams
 
 SAMPLING: Final = np.dtype(
@@ -53,7 +53,7 @@ CHOSEN does the slot's state change."""
 _SOURCE: Final = "sample.cu"
 _SEGMENT: Final = 128
 _SUMMARY_BYTES: Final = 16
-_SUMMARISERS: Final = 256
+_COUNTERS: Final = 1024
 _CHOOSERS: Final = 512
 _MOST_TOP_K: Final = 2**31 - 1
 _MAX_INVERSE_TEMPERATURE: Final = 1e30
@@ -67,7 +67,7 @@ def chooses_on_device(params: SamplingParams, *, adjusting: bool = False) -> boo
     came, and masks, which come with a step.
 
     Args:
-        adjusting: whether `adjust.adjust` comes before; without it whatever changes logits is the host's.
+        adjusting: whether `sample` is given adjustments; without them whatever changes logits is the host's.
     """
     if params.logprobs and params.top_logprobs:
         return False
@@ -99,45 +99,62 @@ def sampling_state(params: SamplingParams, *, adjusting: bool = False) -> NDArra
 
 
 def sample_workspace(vocab: int, *, rows: int) -> int:
-    """Bytes of workspace, whatever they hold."""
-    return rows * _segments(vocab) * _SUMMARY_BYTES
+    """Bytes of workspace: counters, which are 0 before and after, then whatever."""
+    return _COUNTERS * 4 + rows * _segments(vocab) * _SUMMARY_BYTES
 
 
 def sample(
-    vocab: int,
+    shape: AdjustmentsShape,
     *,
     rows: int,
+    device: Device,
     rows_at: At,
     sampling: At,
+    adjustments: At | None,
     logits: At,
     last_token: At,
     results: At,
     workspace: At,
 ) -> list[Launch]:
-    """Choose a token for each row that wants one.
+    """Choose a token for each row that wants one; at most once in a graph.
 
     Args:
         rows: the bucket; `rows_at` is an array of as many `rows.ROW`, or one `rows.CHUNK`.
         sampling: an array of `SAMPLING`, one for each slot.
-        logits: float32 [rows, vocab], not changed.
+        adjustments: an array of `shape.dtype`, one for each slot, of which those with ADJUSTED are looked at;
+            None: there are none.
+        logits: float32 [rows, vocab], at a multiple of 16; changed where a slot's request wants it.
         last_token: int32, one for each slot; the chosen token is written there.
         results: an array of `SAMPLED`, one for each row.
         workspace: `sample_workspace` bytes, at a multiple of 16.
+
+    Raises:
+        ValueError: more rows than there are counters.
     """
-    warps = _SUMMARISERS // 32
-    return [
-        Launch(
-            Kernel(_SOURCE, f"summarise<{vocab}>", _SUMMARISERS),
-            (-(-_segments(vocab) // warps), rows, 1),
-            (rows_at, sampling, logits, workspace),
-        ),
-        Launch(
-            Kernel(_SOURCE, f"choose<{vocab}>", _CHOOSERS),
-            (rows, 1, 1),
-            (rows_at, sampling, logits, workspace, last_token, results),
-        ),
-    ]
+    if rows > _COUNTERS:
+        raise ValueError(f"{rows} rows are more than {_COUNTERS}")
+    places = (
+        rows_at,
+        sampling,
+        adjustments,
+        logits,
+        workspace,
+        workspace + _COUNTERS * 4,
+        last_token,
+        results,
+    )
+    return [Launch(sample_kernel(shape), (_blocks(shape.vocab, rows, device), rows, 1), places)]
+
+
+def sample_kernel(shape: AdjustmentsShape) -> Kernel:
+    """The one that `sample` launches, on any device."""
+    return Kernel(_SOURCE, f"sample<{shape.numbers}>", _CHOOSERS)
 
 
 def _segments(vocab: int) -> int:
     return -(-vocab // _SEGMENT)
+
+
+def _blocks(vocab: int, rows: int, device: Device) -> int:
+    """Of a row: a warp for each segment, but no more blocks than run at a time."""
+    return max(1, min(-(-_segments(vocab) // (_CHOOSERS // 32)), device.multiprocessors // rows))

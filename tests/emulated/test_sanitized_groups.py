@@ -16,8 +16,8 @@ KERNELS = {
     "gemm": {"gemm"},
     "attention_decode": {"attention_decode", "attention_decode_cluster"},
     "attention_prefill": {"rope_and_append", "attention_prefill"},
-    "sample": {"summarise", "choose"},
-    "adjust": {"adjust", "summarise", "choose"},
+    "sample": {"sample"},
+    "adjust": {"sample"},
 }
 
 

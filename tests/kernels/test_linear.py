@@ -11,18 +11,10 @@ from hypothesis import strategies as st
 
 from edgellm.cuda.launch import At, Device, Launch
 from edgellm.errors import BuildError
-from edgellm.kernels.linear import (
-    BUCKETS,
-    COUNTERS_BYTES,
-    Epilogue,
-    Tuning,
-    decode_linear,
-    decode_workspace,
-    panels_of,
-    row_blocks_of,
-    shared_bytes,
-    tuned,
-)
+from edgellm.kernels.linear import BUCKETS, COUNTERS_BYTES, Epilogue, decode_linear, decode_workspace
+from edgellm.kernels.linear_cut import Tuning, panels_of, row_blocks_of, shared_bytes
+from edgellm.kernels.linear_measured import MEASURED
+from edgellm.kernels.linear_tuned import tuned
 from edgellm.kernels.norm import Norm, NormAhead
 from edgellm.kernels.packing import PackedShape, Zero
 
@@ -146,3 +138,19 @@ def test_every_kind_compiles_and_fits(name: str) -> None:
         for rows in (1, 16):
             launches += linear(shape, rows, device, normed=number % 2 == 0, epilogue=epilogue)
     assert_fits(compile_for(kernels_of(launches), device.sm), device)
+
+
+def test_measured_cuts_cover_compile_and_fit() -> None:
+    """Nobody who pastes one from a sweep has to know what a kernel's registers are."""
+    launches: dict[Device, list[Launch]] = {}
+    for (sm, multiprocessors, shape, rows), cut in MEASURED.items():
+        device = next(d for d in DEVICES.values() if (d.sm, d.multiprocessors) == (sm, multiprocessors))
+        assert tuned(shape, rows=rows, device=device) == cut
+        assert_covered(shape, rows, device)
+        assert cut.slabs == 1 or cut.join != "whole"
+        epilogue: Epilogue = "store" if shape.n > shape.k else "residual"
+        launches.setdefault(device, []).extend(
+            linear(shape, rows, device, normed=epilogue == "store", epilogue=epilogue)
+        )
+    for device, its in launches.items():
+        assert_fits(compile_for(kernels_of(its), device.sm), device)

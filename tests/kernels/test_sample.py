@@ -10,12 +10,11 @@ from compiled import DEVICES, assert_fits, compile_for, kernels_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgellm.cuda.launch import At, Launch
+from edgellm.cuda.launch import At, Device, Launch
 from edgellm.kernels.adjust import (
     BIASES,
     SUPPRESSED,
     AdjustmentsShape,
-    adjust,
     adjustments_state,
     can_adjust,
 )
@@ -36,9 +35,18 @@ from edgellm.sampling import SamplingParams
 AT = At("x")
 
 
-def launches(vocab: int, rows: int = 4) -> list[Launch]:
+def launches(vocab: int, rows: int = 4, device: Device = DEVICES["h100"]) -> list[Launch]:
     return sample(
-        vocab, rows=rows, rows_at=AT, sampling=AT, logits=AT, last_token=AT, results=AT, workspace=AT
+        AdjustmentsShape(vocab, 8192),
+        rows=rows,
+        device=device,
+        rows_at=AT,
+        sampling=AT,
+        adjustments=AT,
+        logits=AT,
+        last_token=AT,
+        results=AT,
+        workspace=AT,
     )
 
 
@@ -115,28 +123,30 @@ def test_a_slots_adjustments_hold_what_the_request_says() -> None:
         )
 
 
-@given(st.integers(1, 300_000), st.integers(1, 16))
-def test_every_logit_is_in_a_segment_and_every_segment_has_a_warp(vocab: int, rows: int) -> None:
-    summarise, choose = launches(vocab, rows)
-    segments = sample_workspace(vocab, rows=rows) // rows // 16
+@given(st.integers(1, 300_000), st.integers(1, 256), st.sampled_from([4, 8, 14, 16, 132]))
+def test_every_logit_is_in_a_segment_and_every_block_has_one(
+    vocab: int, rows: int, multiprocessors: int
+) -> None:
+    (launch,) = launches(vocab, rows, Device(87, multiprocessors, 164 << 10))
+    segments = (sample_workspace(vocab, rows=rows) - sample_workspace(vocab, rows=0)) // rows // 16
     assert (segments - 1) * 128 < vocab <= segments * 128
-    warps = summarise.grid[0] * summarise.kernel.threads // 32
-    assert segments <= warps < segments + summarise.kernel.threads // 32
-    assert summarise.grid[1] == choose.grid[0] == rows
+    blocks, warps = launch.grid[0], launch.kernel.threads // 32
+    assert launch.grid[1] == rows
+    assert 1 <= blocks <= -(-segments // warps)
+    # All blocks of few rows run side by side: the last to end waits for nobody.
+    assert blocks == 1 or blocks * rows <= multiprocessors
+    # As the kernel parts them.
+    assert all(segments * (block + 1) // blocks > segments * block // blocks for block in range(blocks))
+
+
+def test_more_rows_than_counters_are_refused() -> None:
+    with pytest.raises(ValueError, match="1025 rows are more than 1024"):
+        launches(50, 1025)
 
 
 @pytest.mark.parametrize("name", ["a100", "rtx3090", "agx orin", "h100"])
 def test_kernels_fit_without_spilling(name: str) -> None:
     device = DEVICES[name]
-    changed = adjust(
-        AdjustmentsShape(151936, 4096),
-        rows=4,
-        rows_at=AT,
-        sampling=AT,
-        adjustments=AT,
-        last_token=AT,
-        logits=AT,
-    )
-    vocabularies = (50, 49152, 151936, 262144)
-    kernels = kernels_of([*changed, *(launch for vocab in vocabularies for launch in launches(vocab))])
+    vocabularies = (50, 49152, 50257, 151936, 262144)
+    kernels = kernels_of(launch for vocab in vocabularies for launch in launches(vocab))
     assert_fits(compile_for(kernels, device.sm), device)

@@ -15,7 +15,8 @@ from runner import Runner
 
 from edgellm.cuda.launch import At, Launch
 from edgellm.kernels.gemm import prefill_linear
-from edgellm.kernels.linear import Epilogue, Tuning, decode_linear
+from edgellm.kernels.linear import Epilogue, decode_linear
+from edgellm.kernels.linear_cut import Tuning
 from edgellm.kernels.norm import Norm, NormAhead
 from edgellm.kernels.packing import PackedShape, Zero
 

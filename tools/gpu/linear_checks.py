@@ -28,17 +28,9 @@ from edgellm.kernels.gemm import (
     tile_workspace,
 )
 from edgellm.kernels.gemm import shared_bytes as gemm_shared_bytes
-from edgellm.kernels.linear import (
-    BUCKETS,
-    COUNTERS_BYTES,
-    Epilogue,
-    Join,
-    Tuning,
-    decode_linear,
-    held_registers,
-    shared_bytes,
-    tuned,
-)
+from edgellm.kernels.linear import BUCKETS, COUNTERS_BYTES, Epilogue, decode_linear
+from edgellm.kernels.linear_cut import Join, Tuning, held_registers, shared_bytes
+from edgellm.kernels.linear_tuned import tuned
 from edgellm.kernels.packing import ROW_BLOCK, PackedShape, Zero, pack, pack_bias, packed_shape
 from edgellm.model.weights import Dense, Grouped, Groups, Weight
 

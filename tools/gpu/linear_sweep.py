@@ -22,7 +22,9 @@ from linear_bench import QWEN3_8B, SMOLLM2, BenchModel, LinearBench
 from runner import Runner
 
 from edgellm.cuda.launch import Device
-from edgellm.kernels.linear import BUCKETS, Tuning, candidates, shared_bytes, tuned
+from edgellm.kernels.linear import BUCKETS
+from edgellm.kernels.linear_cut import Tuning, shared_bytes
+from edgellm.kernels.linear_tuned import candidates, tuned
 from edgellm.kernels.packing import PackedShape
 
 MODELS: Final = {model.name.lower(): model for model in (QWEN3_8B, SMOLLM2)}
@@ -30,9 +32,9 @@ ROWS: Final = (8, 16, 1, 4, 2)
 """What is worth most first."""
 ORDER: Final = ("gate-up", "down", "qkv", "o", "head")
 """Of linears: those with the most bytes first."""
-KINDS: Final = 8
+KINDS: Final = 12
 """Candidates of different kinds for each linear."""
-REPEATS: Final = 5
+REPEATS: Final = 9
 
 
 def kinds(shape: PackedShape, rows: int, device: Device, cut: Tuning) -> list[Tuning]:
@@ -45,7 +47,7 @@ def kinds(shape: PackedShape, rows: int, device: Device, cut: Tuning) -> list[Tu
 
 
 def _kind(cut: Tuning) -> tuple[object, ...]:
-    return cut.slabs, cut.held, cut.abreast, cut.warps > 8
+    return cut.slabs, cut.held, cut.abreast, cut.warps > 8, cut.warps // cut.warps_k
 
 
 def variations(shape: PackedShape, rows: int, device: Device, cut: Tuning) -> list[Tuning]:

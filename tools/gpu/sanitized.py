@@ -27,9 +27,9 @@ from runner import Arrays, Runner, poisoned
 from edgellm.checkpoint.random import RandomCheckpoint
 from edgellm.checkpoint.random_models import SMALL
 from edgellm.cuda.driver import Driver
-from edgellm.cuda.launch import At, Device, Kernel, Launch
+from edgellm.cuda.launch import Device, Kernel, Launch
 from edgellm.executor.base import FEEDBACK, Row, Step, Want
-from edgellm.kernels.adjust import AdjustmentsShape, adjust, adjustments_state
+from edgellm.kernels.adjust import AdjustmentsShape, adjustments_state
 from edgellm.kernels.attention_decode import decode_workspace
 from edgellm.kernels.attention_prefill import prefill_attention_workspace
 from edgellm.kernels.attention_shape import COUNTERS_BYTES
@@ -161,11 +161,10 @@ def run_adjust(runner: Runner, rng: np.random.Generator) -> Iterator[str]:
     for row, each in enumerate(params):
         prompt = rng.integers(0, 60, 30).astype(np.int32)
         adjustments[batch.rows["slot"][row]] = adjustments_state(shape, each, prompt)
-    places = {name: At(name) for name in ("sampling", "adjustments", "logits")}
-    first = adjust(shape, rows=len(params), rows_at=At("rows"), last_token=At("last"), **places)
     for _ in range(2):
         logits = sampling.logits_of(rng, "model", len(params), vocabulary)
-        after = runner.run([*first, *batch.launches()], batch.arrays(logits) | {"adjustments": adjustments})
+        arrays = batch.arrays(logits) | {"adjustments": adjustments}
+        after = runner.run(batch.launches(shape), arrays)
         adjustments = batch.take(after)["adjustments"]
         if (after["results"]["status"] != CHOSEN).any():
             yield f"adjust: {after['results']['status'].tolist()}"
