@@ -1,14 +1,11 @@
 """The CUDA driver: one device's primary context, its memory, streams, modules and graphs.
 
-Every call's status is checked. What an operator can mend (no driver, an old one, no permission, an old GPU)
-is a `DeviceError`, too little memory a `TemporaryShortage`, a device that nothing in this process can bring
-back `DeviceLost`, anything else an `ExecutorFault`. Addresses are plain ints.
+Every call's status is checked; `failures.py` says what it becomes. Addresses are plain ints.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,28 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm.cuda.bindings import instantiate_graph, load_driver
+from edgellm.cuda.failures import failure
 from edgellm.cuda.launch import Argument, At, Device
-from edgellm.errors import DeviceError, DeviceLost, ExecutorFault, OperatorError, TemporaryShortage
+from edgellm.errors import DeviceError, OperatorError, TemporaryShortage
 from edgellm.memory.sizes import show_size
 
 OLDEST_SM: Final = 80
 """cp.async, bf16 and mma.m16n8k16 begin with compute capability 8.0."""
 
-NODES: Final = ("nvidiactl", "nvidia0", "nvidia-uvm", "nvmap", "nvgpu/igpu0/ctrl", "nvhost-gpu")
-"""Device nodes below /dev without which CUDA finds no device: a PC's, then Tegra's."""
-
 # cuda.h, CUresult.
 _SUCCESS: Final = 0
-_OUT_OF_MEMORY: Final = 2
 _NOT_READY: Final = 600
-_TOO_OLD: Final = frozenset({35, 803, 804})
-"""INSUFFICIENT_DRIVER (the runtime's number), SYSTEM_DRIVER_MISMATCH, COMPAT_NOT_SUPPORTED_ON_DEVICE."""
-_NO_DEVICE: Final = frozenset({3, 100, 304, 800, 802})
-"""NOT_INITIALIZED, NO_DEVICE, OPERATING_SYSTEM, NOT_PERMITTED, SYSTEM_NOT_READY."""
-_WRONG_IMAGE: Final = frozenset({200, 209, 218, 222, 223})
-"""INVALID_IMAGE, NO_BINARY_FOR_GPU, INVALID_PTX, UNSUPPORTED_PTX_VERSION, JIT_COMPILATION_DISABLED."""
-_LOST: Final = frozenset({46, 214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 999})
-"""Errors that stick to the context: illegal accesses and instructions, ECC, timeouts, an unknown end."""
 
 # cuda.h, CUdevice_attribute.
 _MULTIPROCESSORS: Final = 16
@@ -145,12 +131,12 @@ class Driver:
         """A driver function by its name; gives its one result, a tuple of several, or None.
 
         Raises:
-            OperatorError: see the top of this file.
+            OperatorError: see `failures.py`.
         """
         function: Callable[..., tuple[Any, ...]] = getattr(self._api, name)
         status, *values = function(*arguments)
         if int(status) != _SUCCESS:
-            raise self._error(name, status)
+            raise failure(name, status, self._root)
         if not values:
             return None
         return values[0] if len(values) == 1 else tuple(values)
@@ -227,7 +213,7 @@ class Driver:
         if int(status) == _NOT_READY:
             return False
         if int(status) != _SUCCESS:
-            raise self._error("cuEventQuery", status)
+            raise failure("cuEventQuery", status, self._root)
         return True
 
     def time(self, body: Callable[[], None], stream: Any, *, rounds: int = 9, warm_up: int = 2) -> float:
@@ -307,7 +293,7 @@ class Driver:
         try:
             status, ready = instantiate_graph(self._api, graph)
             if int(status) != _SUCCESS:
-                raise self._error("cuGraphInstantiate", status)
+                raise failure("cuGraphInstantiate", status, self._root)
             return ready
         finally:
             self.call("cuGraphDestroy", graph)
@@ -356,42 +342,6 @@ class Driver:
                 f"the driver knows CUDA {major}.{self._version[1]}, cuda-bindings here is for CUDA "
                 f"{built // 1000}: pip install 'edgellm[cuda{max(major, 11)}]', or a newer driver"
             )
-
-    def _error(self, name: str, status: Any) -> OperatorError:
-        number, what = int(status), getattr(status, "name", str(status))
-        if number == _OUT_OF_MEMORY:
-            return TemporaryShortage(f"{name}: the device's memory is used up")
-        if number in _TOO_OLD:
-            return DeviceError(
-                f"the NVIDIA driver is too old or does not match its kernel module ({what}): update it, "
-                "restart, or install the extra for its CUDA version (edgellm[cuda11], [cuda12])"
-            )
-        if number in _NO_DEVICE:
-            return DeviceError(self._why_no_device(what))
-        if number in _WRONG_IMAGE:
-            return DeviceError(
-                f"the driver cannot load the kernels ({what}): they were built for another GPU, or by a "
-                "newer CUDA than the driver knows. Build the engine again here, or update the driver"
-            )
-        if number in _LOST:
-            return DeviceLost(f"the device failed in {name} ({what}, {number}); the process must start anew")
-        return ExecutorFault(f"{name} failed: {what} ({number})")
-
-    def _why_no_device(self, what: str) -> str:
-        nodes = [self._root / "dev" / node for node in NODES]
-        there = [node for node in nodes if node.exists()]
-        closed = [node for node in there if not os.access(node, os.R_OK | os.W_OK)]
-        if closed:
-            return (
-                f"this user may not open {', '.join(map(str, closed))} ({what}): "
-                "usermod --append --groups video,render USER, or the unit's drop-in gpu-devices.conf"
-            )
-        if not there:
-            return (
-                f"there is no CUDA device ({what}), and no device node in {self._root / 'dev'}: load the "
-                "driver's kernel module; a container needs the NVIDIA runtime"
-            )
-        return f"the driver finds no CUDA device ({what}), though there is {there[0]}: dmesg may say why"
 
 
 def resolve(arguments: Sequence[Argument], address_of: Callable[[At], int]) -> list[Any]:

@@ -161,10 +161,10 @@ class CudaExecutor(DeviceExecutor):
             return
         state = self._device_state
         self._attach()
-        shape = state.lowering.attention
+        shape = state.lowering.caches.any_attention
         base = state.memory.at("kv_cache")
         for layer in range(self._spec.num_hidden_layers):
-            cache = state.lowering.cache(layer)
+            cache = state.lowering.caches.of(layer)
             for at, slot, held in (
                 (cache.held, shape.cache_bytes(1), shape.held_bytes(length)),
                 (cache.scales, shape.scale_bytes(1), shape.held_scale_bytes(length)),
@@ -264,7 +264,7 @@ class CudaExecutor(DeviceExecutor):
         memory = DeviceMemory(driver, lowering.lasting(), programs)
         longest = min(max(prefill), shape.max_num_tokens)
         table = rope_table(
-            Rotary(np.array(network.rotary), network.rotary_length), lowering.attention.max_seq
+            Rotary(np.array(network.rotary), network.rotary_length), lowering.caches.any_attention.max_seq
         )
         host = HostMemory(driver, spec, shape, longest=longest)
         memory.clear(stream, keep=("weights",))

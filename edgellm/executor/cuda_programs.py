@@ -17,6 +17,7 @@ from typing import Final, Literal
 
 from edgellm.cuda.launch import At, Device, Launch
 from edgellm.executor.buckets import MOST_ROWS, decode_buckets, prefill_buckets
+from edgellm.executor.cuda_caches import Caches
 from edgellm.executor.program import Program
 from edgellm.executor.sampling_launches import sampling_buffers, tokens_of_logits
 from edgellm.kernels.attention_decode import decode_attention
@@ -26,7 +27,7 @@ from edgellm.kernels.attention_prefill import (
     prefill_attention_workspace,
     rope_and_append,
 )
-from edgellm.kernels.attention_shape import SEQUENCE_MULTIPLE, AttentionShape, Cache, CacheKind, HeadNorms
+from edgellm.kernels.attention_shape import CacheKind, HeadNorms
 from edgellm.kernels.elementwise import embed_chunk, embed_rows, last_row, rms_norm
 from edgellm.kernels.gemm import prefill_linear, prefill_workspace
 from edgellm.kernels.linear import Epilogue, decode_linear, decode_workspace
@@ -35,7 +36,7 @@ from edgellm.kernels.moe_shape import MixtureShape, MixtureWeights, Tokens
 from edgellm.kernels.norm import Norm as FusedNorm
 from edgellm.kernels.norm import NormAhead
 from edgellm.kernels.rows import CHUNK, ROW
-from edgellm.memory.arena import Buffer, aligned
+from edgellm.memory.arena import Buffer
 from edgellm.memory.plan import Shape
 from edgellm.model.network import Layer, Linear, Mixture, Network, Norm
 from edgellm.model.spec import ModelSpec
@@ -60,6 +61,9 @@ class Lowering:
         kv_cache: what the caches hold.
         device: that launches are cut for.
         weights: offset of every tensor in the buffer `weights`, and the size of all.
+
+    Attributes:
+        caches: of keys and values.
     """
 
     def __init__(
@@ -79,28 +83,10 @@ class Lowering:
         self._device = device
         self._weights = weights
         self._weights_bytes = weights_bytes
-        capacity = -(-shape.max_seq_len // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE
-        self._attention = [
-            AttentionShape(
-                heads=spec.num_attention_heads,
-                kv_heads=spec.num_key_value_heads,
-                head_size=spec.head_size,
-                max_seq=capacity,
-                kv=kv_cache,
-                scale=layer.attention.scale,
-                qk_norm=layer.attention.q_gain is not None,
-                epsilon=spec.norm_epsilon,
-            )
-            for layer in network.layers
-        ]
+        self.caches = Caches(network, spec, shape, kv_cache)
         self._linear_workspace = 0
         self._prefill_workspace = 0
         self._attention_workspace = 0
-
-    @property
-    def attention(self) -> AttentionShape:
-        """Of every layer, apart from its scale."""
-        return self._attention[0]
 
     def decode(self, rows: int) -> Program:
         """One token for each of `rows` rows, `rows` ROWs in the buffer `rows`; tokens go to `results`."""
@@ -112,11 +98,11 @@ class Lowering:
 
     def lasting(self) -> tuple[Buffer, ...]:
         """Buffers that keep something between steps, once all programs have been made."""
-        shape, attention = self._shape, self.attention
+        shape, attention = self._shape, self.caches.any_attention
         rows = min(MOST_ROWS, decode_buckets(shape.max_batch_size)[-1])
         sizes = {
             "weights": self._weights_bytes,
-            "kv_cache": len(self._attention) * self._cache_bytes(),
+            "kv_cache": self.caches.bytes,
             "rope": attention.max_seq * attention.head_size * 4,
             "rows": rows * ROW.itemsize,
             "chunk": CHUNK.itemsize + prefill_buckets(shape)[-1] * 4,
@@ -127,21 +113,8 @@ class Lowering:
         own = (Buffer(name, size) for name, size in sizes.items())
         return (*own, *sampling_buffers(self._spec.vocab_size, slots=shape.max_batch_size, rows=rows))
 
-    def cache(self, layer: int) -> Cache:
-        """Where a layer's keys and values lie in the buffer `kv_cache`."""
-        attention, slots = self.attention, self._shape.max_batch_size
-        held = At("kv_cache", layer * self._cache_bytes())
-        if not attention.scale_bytes(slots):
-            return Cache(held)
-        return Cache(held, held + aligned(attention.cache_bytes(slots)))
-
-    def _cache_bytes(self) -> int:
-        """Of a layer's keys and values, with their scales."""
-        attention, slots = self.attention, self._shape.max_batch_size
-        return aligned(attention.cache_bytes(slots)) + aligned(attention.scale_bytes(slots))
-
     def _sizes(self, rows: int) -> dict[str, int]:
-        spec, attention = self._spec, self.attention
+        spec, attention = self._spec, self.caches.any_attention
         mixtures = [layer.mlp for layer in self._network.layers if isinstance(layer.mlp, Mixture)]
         mixture = max((self._mixture_bytes(each, rows) for each in mixtures), default=0)
         inner = max(layer.mlp.gate_up.shape.outputs for layer in self._network.layers)
@@ -180,7 +153,7 @@ class Lowering:
             qkv, attended = At(f"qkv.{index}"), At(f"attended.{index}")
             norm = self._found(layer.attention_norm, _AFTER_MLP_NORM, _AFTER_ATTENTION_NORM)
             yield from self._row_linear(layer.qkv, rows, _SCALED, qkv, norm=norm, epilogue="store")
-            attention = self._attention[index]
+            attention = self.caches.attention[index]
             size = attention_workspace(attention, rows=rows, device=self._device)
             self._attention_workspace = max(self._attention_workspace, size)
             yield from decode_attention(
@@ -191,7 +164,7 @@ class Lowering:
                 rows_at=At("rows"),
                 rope=At("rope"),
                 norms=self._head_norms(layer),
-                cache=self.cache(index),
+                cache=self.caches.of(index),
                 out=attended,
                 workspace=At("attention_workspace"),
             )
@@ -215,7 +188,7 @@ class Lowering:
             qkv, attended, normed = (At(f"{name}.{index}") for name in ("qkv", "attended", "normed"))
             yield from self._norm(layer.attention_norm, tokens, residual, normed, chunk)
             yield from self._chunk_linear(layer.qkv, tokens, normed, "store", qkv)
-            attention, cache = self._attention[index], self.cache(index)
+            attention, cache = self.caches.attention[index], self.caches.of(index)
             yield from rope_and_append(
                 attention,
                 tokens=tokens,

@@ -27,9 +27,10 @@ class Tile:
     Attributes:
         row_blocks: of 16 out features.
         tokens: of the chunk.
-        warps_r, warps_t: warps along each.
-        stages: steps of 64 columns under way.
+        warps_r, warps_t: warps of a team along each.
+        stages: steps of 64 columns under way for a team.
         splits: blocks that part the columns; their sums meet in the workspace.
+        warps_k: teams of a block that part the columns; their sums meet in shared memory.
     """
 
     row_blocks: int
@@ -38,28 +39,35 @@ class Tile:
     warps_t: int
     stages: int
     splits: int = 1
+    warps_k: int = 1
 
     @property
     def threads(self) -> int:
         """Of a block."""
-        return 32 * self.warps_r * self.warps_t
+        return 32 * self.warps_r * self.warps_t * self.warps_k
 
 
-TILES: Final = (
-    Tile(8, 128, 2, 2, 4),
-    Tile(8, 128, 2, 2, 3),
-    Tile(8, 128, 2, 2, 2),
-    Tile(8, 128, 4, 2, 4),
-    Tile(8, 128, 4, 2, 3),
-    Tile(8, 64, 2, 2, 4),
-    Tile(8, 64, 2, 2, 2),
-    Tile(4, 64, 2, 2, 4),
-    Tile(4, 64, 2, 2, 3),
-    Tile(8, 32, 4, 1, 4),
-    Tile(4, 32, 4, 1, 4),
-    Tile(4, 32, 4, 1, 3),
-)
-"""From large to small; what is read from shared memory for a product is the less the larger a warp's part."""
+_TIMES: Final = {
+    Tile(8, 128, 2, 2, 4): (0, 784, 289),
+    Tile(8, 128, 2, 2, 3): (0, 800, 295),
+    Tile(8, 128, 2, 2, 2): (0, 1000, 370),
+    Tile(8, 64, 4, 1, 4): (700, 279, 291),
+    Tile(8, 64, 4, 1, 3): (700, 285, 291),
+    Tile(8, 64, 4, 1, 2): (700, 370, 370),
+    Tile(4, 64, 4, 1, 4): (4300, 146, 188),
+    Tile(4, 64, 4, 1, 3): (4300, 150, 192),
+    Tile(8, 32, 4, 1, 4): (4100, 113, 212),
+    Tile(4, 32, 4, 1, 4): (4900, 122, 105),
+    Tile(4, 32, 4, 1, 3): (4900, 130, 115),
+    Tile(8, 128, 4, 1, 3, warps_k=2): (0, 1379, 0),
+    Tile(8, 64, 4, 1, 4, warps_k=2): (2200, 762, 0),
+}
+"""Nanoseconds on an H100: of a launch, whatever it does; of a step of 64 columns of each team, for the
+blocks of a multiprocessor together, and for each of them. Fitted to what `tools/gpu/linear_tiles.py` found,
+in 4 bits and groups of 128; of other weights and devices it is a guess. Two stages were not measured."""
+
+TILES: Final = tuple(_TIMES)
+"""The larger a warp's part, the less is read from shared memory, and unpacked, for a product."""
 
 
 def prefill_linear(
@@ -110,7 +118,7 @@ def prefill_linear(
     if not has_counters(shape, tokens, cut):
         raise ValueError(f"{cut} has more tiles than a workspace has counters, {COUNTERS_BYTES // 4}")
     weight = f"{shape.bits}, {shape.group}, {ZERO_NAMES[shape.zero]}, {shape.k}"
-    parts = f"{cut.row_blocks}, {cut.tokens}, {cut.warps_r}, {cut.warps_t}"
+    parts = f"{cut.row_blocks}, {cut.tokens}, {cut.warps_r}, {cut.warps_t}, {cut.warps_k}"
     kernel = Kernel(
         _SOURCE,
         f"gemm<{weight}, {parts}, {epilogue.upper()}, {cut.stages}, {cut.splits}>",
@@ -178,36 +186,34 @@ def _can_split(shape: PackedShape, tokens: int, tile: Tile, splits: int) -> bool
     # Sums of many tokens are many bytes to write and to read again.
     few = splits <= 2 if tokens > 256 else splits * tokens <= 512
     # A warp of 64 × 64 has no registers left for adding.
-    small = tile.row_blocks * ROW_BLOCK * tile.tokens // tile.threads <= 64
+    small = _sums(tile) <= 64
     counted = has_counters(shape, tokens, replace(tile, splits=splits))
-    return few and small and counted and shape.k // _STEP >= splits * tile.stages
+    return few and small and counted and shape.k // _STEP >= splits * tile.warps_k * tile.stages
+
+
+def _sums(tile: Tile) -> int:
+    """That a thread has."""
+    return tile.row_blocks * ROW_BLOCK * tile.tokens * tile.warps_k // tile.threads
 
 
 def _cost(shape: PackedShape, tokens: int, device: Device, tile: Tile) -> float:
-    """Time, in no particular unit: waves of blocks, each step of which takes as long as its arithmetic, or as
-    its latencies. Measured on an H100, where a unit is 54 ns."""
+    """Nanoseconds on an H100: waves of blocks, whose steps take as long as they do side by side."""
     x, y, splits = grid_of(shape, tokens, tile)
-    sums = tile.row_blocks * ROW_BLOCK * tile.tokens // tile.threads
-    registers = 90 + 1.15 * sums
+    registers = 66 + 1.35 * _sums(tile)
     per_sm = min(
         int(65_536 / (registers * tile.threads)),
         (device.shared_per_block + 1024) // (shared_bytes(shape, tile) + 1024),
     )
     per_sm = max(1, per_sm)
+    start, together, each = _TIMES[replace(tile, splits=1)]
     full, rest = divmod(x * y * splits, device.multiprocessors * per_sm)
-    step = full * _step_time(tile, per_sm)
+    step = full * (together + each * per_sm)
     if rest:
-        step += _step_time(tile, -(-rest // device.multiprocessors))
-    return shape.k / _STEP / splits * step + (75.0 + 10.0 * splits if splits > 1 else 0.0)
-
-
-def _step_time(tile: Tile, blocks: int) -> float:
-    """Of an SM with this many blocks."""
-    rows, tokens = tile.row_blocks * ROW_BLOCK // tile.warps_r, tile.tokens // tile.warps_t
-    reuse = 1.0 if rows * tokens >= 4096 else 0.9 if rows * tokens >= 2048 else 0.75
-    warps = 1.0 if blocks * tile.threads >= 256 else 0.55
-    stages = 1.0 if tile.stages >= 4 else 0.97 if tile.stages == 3 else 0.75
-    return max(11.5, blocks * tile.row_blocks * tile.tokens / 64 / (reuse * warps * stages))
+        step += together + each * -(-rest // device.multiprocessors)
+    cost = start + shape.k / _STEP / splits / tile.warps_k * step
+    if splits > 1:
+        cost += 3000 + 4e-3 * x * tile.tokens * shape.n * splits / per_sm
+    return cost
 
 
 def grid_of(shape: PackedShape, tokens: int, tile: Tile) -> tuple[int, int, int]:
@@ -216,18 +222,23 @@ def grid_of(shape: PackedShape, tokens: int, tile: Tile) -> tuple[int, int, int]
 
 
 def shared_bytes(shape: PackedShape, tile: Tile) -> int:
-    """Dynamic shared memory of a block: the ring (`Stage` in gemm.cu), or at the end the tile of results."""
+    """Dynamic shared memory of a block: the rings (`Stage` in gemm.cu), or at the end the tile of results, of
+    float32 half of it, or sums of other teams."""
     numbers = ROW_BLOCK * _STEP * shape.bits // 8
     scales = shape.panel_bytes - shape.number_bytes
     stage = tile.row_blocks * (numbers + scales) + tile.tokens * _STEP * 2
     rows = tile.row_blocks * (8 if shape.swiglu else ROW_BLOCK)
-    return max(tile.stages * stage, tile.tokens * (rows + 8) * 2)
+    results = tile.tokens * (rows + 8) * 2
+    wide_results = tile.tokens // 2 * (tile.row_blocks * ROW_BLOCK + 4) * 4
+    sums = (tile.warps_k - 1) * tile.row_blocks * ROW_BLOCK * tile.tokens * 4
+    return max(tile.warps_k * tile.stages * stage, results, wide_results, sums)
 
 
-def steps_of(shape: PackedShape, tile: Tile, split: int) -> range:
-    """The steps of 64 columns that a split takes: the kernel's arithmetic, for tests."""
-    steps = shape.k // _STEP
-    return range(split * steps // tile.splits, (split + 1) * steps // tile.splits)
+def steps_of(shape: PackedShape, tile: Tile, part: int) -> range:
+    """The steps of 64 columns that a team takes, part `warps_k` · split + team: the kernel's arithmetic, for
+    tests."""
+    steps, parts = shape.k // _STEP, tile.splits * tile.warps_k
+    return range(part * steps // parts, (part + 1) * steps // parts)
 
 
 def outputs_of(

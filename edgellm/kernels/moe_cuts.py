@@ -114,7 +114,9 @@ def tiled(mixture: MixtureShape, *, rows: int, device: Device) -> Cuts | None:
             (
                 tile
                 for tile in TILES
-                if tile.tokens == tokens and 2 * tile_bytes(shape, tile) <= device.shared_per_block
+                if tile.tokens == tokens
+                and tile.warps_k == 1
+                and 2 * tile_bytes(shape, tile) <= device.shared_per_block
             ),
             None,
         )

@@ -105,7 +105,12 @@ DEVICE void copy_async(void* shared, const void* global, bool wanted = true) {
                : "memory");
 }
 
-// The same to a shared address, of what will be read on from: L2 fetches 256 bytes.
+// The same to a shared address.
+DEVICE void copy_async(u32 shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+
+// The same, of what will be read on from: L2 fetches 256 bytes.
 DEVICE void stream_async(u32 shared, const void* global) {
   asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }

@@ -81,15 +81,14 @@ class CudaFootprint:
         )
 
     def _caches(self, shape: Shape) -> Line:
-        spec, lowering = self.spec, self._lowering(shape, self.devices[0])
-        attention, slots = lowering.attention, shape.max_batch_size
-        layer = aligned(attention.cache_bytes(slots)) + aligned(attention.scale_bytes(slots))
+        spec, caches = self.spec, self._lowering(shape, self.devices[0]).caches
         each = f"{spec.head_size} × 2 B" if self.kv_cache == "fp16" else f"({spec.head_size} + 2) B"
         return Line(
             "kv_cache",
-            spec.num_hidden_layers * layer,
-            f"slots {slots} × layers {spec.num_hidden_layers} × 2 × tokens {number(attention.max_seq)} "
-            f"× kv heads {spec.num_key_value_heads} × head {each}",
+            caches.bytes,
+            f"slots {shape.max_batch_size} × layers {spec.num_hidden_layers} × 2 "
+            f"× tokens {number(caches.any_attention.max_seq)} × kv heads {spec.num_key_value_heads} "
+            f"× head {each}",
             "device",
         )
 

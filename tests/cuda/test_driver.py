@@ -70,7 +70,7 @@ def test_no_device_says_which_of_three_reasons(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "dev" / "nvmap").touch()
     with pytest.raises(DeviceError, match=r"though there is .*nvmap: dmesg"):
         Driver(api=api, root=tmp_path)
-    monkeypatch.setattr("edgellm.cuda.driver.os.access", lambda path, mode: False)  # root may open anything
+    monkeypatch.setattr("edgellm.cuda.failures.os.access", lambda path, mode: False)  # root may open anything
     with pytest.raises(DeviceError, match=r"may not open .*nvmap .*video,render"):
         Driver(api=api, root=tmp_path)
 

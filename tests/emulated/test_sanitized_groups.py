@@ -17,7 +17,6 @@ KERNELS = {
     "attention_decode": {"attention_decode", "attention_decode_cluster"},
     "attention_prefill": {"rope_and_append", "attention_prefill"},
     "sample": {"sample"},
-    "adjust": {"sample"},
 }
 
 

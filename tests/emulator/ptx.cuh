@@ -88,6 +88,7 @@ DEVICE u32 shared_address(const void* p) { return machine::machine_shared_addres
 DEVICE void copy_async(void* shared, const void* global, bool wanted = true) {
   machine::machine_copy_async(shared_address(shared), global, wanted);
 }
+DEVICE void copy_async(u32 shared, const void* global) { machine::machine_copy_async(shared, global, true); }
 DEVICE void stream_async(u32 shared, const void* global) { machine::machine_copy_async(shared, global, true); }
 DEVICE void copy_async_commit() { machine::machine_copy_commit(); }
 template <int N> DEVICE void copy_async_wait() { machine::machine_copy_wait(N); }

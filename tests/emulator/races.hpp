@@ -29,7 +29,7 @@ struct Access {
   // this is arrived last, 0 for none.
   bool before(int other, const Moment& now, std::uint32_t team) const {
     if (when.epoch < now.epoch || thread == other) return true;
-    if (thread == EVERYWHERE) return false;
+    if (thread == EVERYWHERE) return when.named && when.named >> 24 == now.named >> 24 && when.named < now.named;
     if (warp() == other / 32 && when.warp < now.warp) return true;
     const std::uint32_t then = when.named >> 24 == team ? when.named : team << 24;
     return team && now.named >> 24 == team && then < now.named;
@@ -55,7 +55,9 @@ struct Unit {
     }
     const bool same = read.thread != EVERYWHERE && read.warp() == thread / 32;
     read.thread = same ? std::uint16_t(SEVERAL | thread / 32) : EVERYWHERE;
-    if (read.when.named < now.named) read.when.named = now.named;
+    // Of several warps: the barrier at which they all have met before; 0 if there is none.
+    if (!same && read.when.named >> 24 != now.named >> 24) read.when.named = 0;
+    else if (read.when.named < now.named) read.when.named = now.named;
     if (read.when.warp < now.warp) read.when.warp = now.warp;
     read.bytes |= bytes;
   }

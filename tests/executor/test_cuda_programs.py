@@ -78,10 +78,10 @@ def test_caches_of_layers_do_not_touch(network: str, tmp_path: Path) -> None:
     for kv_cache in ("fp16", "int8"):
         made = lowering(tmp_path, network, kv_cache=kv_cache)
         size = next(buffer.bytes for buffer in made.lasting() if buffer.name == "kv_cache")
-        attention, slots = made.attention, 3
+        attention, slots = made.caches.any_attention, 3
         pieces = []
         for layer in range(NETWORKS[network].num_hidden_layers):
-            cache = made.cache(layer)
+            cache = made.caches.of(layer)
             for at, length in (
                 (cache.held, attention.cache_bytes(slots)),
                 (cache.scales, attention.scale_bytes(slots)),

@@ -104,7 +104,8 @@ def test_splits_part_the_columns_and_their_sums_have_room() -> None:
         for shape in SHAPES.values():
             for tokens in (32, 64, 128, 512, 2048):
                 tile = tile_for(shape, tokens=tokens, device=device)
-                steps = [step for split in range(tile.splits) for step in steps_of(shape, tile, split)]
+                parts = range(tile.splits * tile.warps_k)
+                steps = [step for part in parts for step in steps_of(shape, tile, part)]
                 assert steps == list(range(shape.k // 64))
                 across, down, splits = grid_of(shape, tokens, tile)
                 size = prefill_workspace(shape, tokens, device)

@@ -14,7 +14,7 @@ import numpy as np
 from runner import Runner
 
 from edgellm.cuda.launch import At, Launch
-from edgellm.kernels.gemm import prefill_linear
+from edgellm.kernels.gemm import Tile, prefill_linear
 from edgellm.kernels.linear import Epilogue, decode_linear
 from edgellm.kernels.linear_cut import Tuning
 from edgellm.kernels.norm import Norm, NormAhead
@@ -151,13 +151,14 @@ class LinearBench:
         layer = sum(each.shape.nbytes for name, each in self.model.linears.items() if name != "head")
         return self.model.layers * layer + self.model.linears["head"].shape.nbytes
 
-    def time_prompt(self, name: str, tokens: int) -> float:
-        """µs of one linear of a chunk that fills its bucket."""
-        linear, count = self.model.linears[name], self.copies[name]
+    def prompt_launches(self, name: str, tokens: int, tile: Tile | None = None) -> list[Launch]:
+        """One linear of a chunk for each copy of its weights; buffers `chunk`, `prompt` and `result` are the
+        caller's."""
+        linear = self.model.linears[name]
         assert linear.epilogue != "logits"
-        launches = [
+        return [
             launch
-            for copy in range(count)
+            for copy in range(self.copies[name])
             for launch in prefill_linear(
                 linear.shape,
                 tokens=tokens,
@@ -169,9 +170,14 @@ class LinearBench:
                 epilogue=linear.epilogue,
                 out=At("result"),
                 workspace=At("workspace"),
+                tile=tile,
             )
         ]
-        return self.runner.time(launches, repeats=5) / count
+
+    def time_prompt(self, name: str, tokens: int, tile: Tile | None = None) -> float:
+        """µs of one linear of a chunk that fills its bucket."""
+        launches = self.prompt_launches(name, tokens, tile)
+        return self.runner.time(launches, repeats=5) / self.copies[name]
 
 
 def tables(runner: Runner) -> Iterator[str]:

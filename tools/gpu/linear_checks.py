@@ -367,14 +367,14 @@ def checks(
 
 
 def _tiles(shape: PackedShape, tokens: int, runner: Runner, *, every: bool) -> list[Tile | None]:
-    """What the device takes; `every`: and some of the tiles that fit, the smallest in two splits, too, where
-    it can have them."""
+    """What the device takes; `every`: and some of the tiles that fit, those of several teams among them, the
+    last one in two splits, too, where it can have them."""
     fitting = [tile for tile in TILES if gemm_shared_bytes(shape, tile) <= runner.device.shared_per_block]
-    some = fitting[:: max(1, len(fitting) // 3)]
+    some = [*fitting[:: max(1, len(fitting) // 3)], *(tile for tile in fitting if tile.warps_k > 1)]
     parted = replace(fitting[-1], splits=2)
-    if shape.k // 64 >= 2 * parted.stages and has_counters(shape, tokens, parted):
+    if shape.k // 64 >= 2 * parted.warps_k and has_counters(shape, tokens, parted):
         some.append(parted)
-    return [None, *(some if every else [])]
+    return [None, *(dict.fromkeys(some) if every else [])]
 
 
 def _launches(runner: Runner, case: Case, matrix: Matrix, rows: int, cut: Tuning) -> list[Launch]:

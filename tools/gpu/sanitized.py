@@ -141,7 +141,7 @@ def run_elementwise(runner: Runner, rng: np.random.Generator) -> Iterator[str]:
 
 
 def run_sample(runner: Runner, rng: np.random.Generator) -> Iterator[str]:
-    """Sampling by sorting and by histogram."""
+    """Sampling by sorting and by histogram; biases and penalties."""
     vocabulary = 1000
     params = [SamplingParams(seed=i, **each) for i, each in enumerate(sampling.PARAMS[:12])]  # type: ignore[arg-type]
     for kind in ("model", "equal"):
@@ -149,10 +149,11 @@ def run_sample(runner: Runner, rng: np.random.Generator) -> Iterator[str]:
         got = batch.run(sampling.logits_of(rng, kind, len(params), vocabulary))
         if (got["status"] != CHOSEN).any():
             yield f"sample {kind}: {got['status'].tolist()}"
+    yield from _run_adjusted(runner, rng)
 
 
-def run_adjust(runner: Runner, rng: np.random.Generator) -> Iterator[str]:
-    """Biases and penalties, twice, so that tokens come again."""
+def _run_adjusted(runner: Runner, rng: np.random.Generator) -> Iterator[str]:
+    """Twice, so that tokens come again."""
     vocabulary = 300
     params = [SamplingParams(seed=i, **each) for i, each in enumerate(sampling.ADJUSTED)]  # type: ignore[arg-type]
     shape = AdjustmentsShape(vocabulary, 64)
@@ -208,7 +209,6 @@ GROUPS: Final[Mapping[str, Callable[[Runner, np.random.Generator], Iterator[str]
     "attention_prefill": run_attention_prefill,
     "elementwise": run_elementwise,
     "sample": run_sample,
-    "adjust": run_adjust,
     "moe": run_moe,
     "steps": run_steps,
 }
