@@ -165,21 +165,18 @@ class CudaExecutor(DeviceExecutor):
         base = state.memory.at("kv_cache")
         for layer in range(self._spec.num_hidden_layers):
             cache = state.lowering.caches.of(layer)
-            for at, row in (
-                (cache.keys, shape.row_bytes),
-                (cache.values, shape.row_bytes),
-                (cache.key_scales, 2),
-                (cache.value_scales, 2),
+            for at, slot, held in (
+                (cache.held, shape.cache_bytes(1), shape.held_bytes(length)),
+                (cache.scales, shape.scale_bytes(1), shape.held_scale_bytes(length)),
             ):
                 if at is not None:
-                    head = shape.max_seq * row
-                    slot = shape.kv_heads * head
+                    start = base + at.offset
                     state.driver.copy_rows(
-                        base + at.offset + source * slot,
-                        base + at.offset + target * slot,
-                        pitch=head,
-                        width=length * row,
-                        rows=shape.kv_heads,
+                        start + source * slot,
+                        start + target * slot,
+                        pitch=held,
+                        width=held,
+                        rows=1,
                         stream=state.stream,
                     )
         self._slots[target].held = length

@@ -48,20 +48,17 @@ class Caches:
     @property
     def bytes(self) -> int:
         """Of the buffer."""
-        return len(self.attention) * 2 * self._half_bytes
+        return len(self.attention) * self._layer_bytes
 
     def of(self, layer: int) -> Cache:
         """A layer's keys and values."""
-        half = self._half_bytes
-        keys = At("kv_cache", layer * 2 * half)
-        values = keys + half
+        held = At("kv_cache", layer * self._layer_bytes)
         if not self.any_attention.scale_bytes(self._slots):
-            return Cache(keys, values)
-        scales = aligned(self.any_attention.cache_bytes(self._slots))
-        return Cache(keys, values, keys + scales, values + scales)
+            return Cache(held)
+        return Cache(held, held + aligned(self.any_attention.cache_bytes(self._slots)))
 
     @property
-    def _half_bytes(self) -> int:
-        """Of a layer's keys, or of its values, with their scales."""
+    def _layer_bytes(self) -> int:
+        """Of a layer's keys and values, with their scales."""
         attention = self.any_attention
         return aligned(attention.cache_bytes(self._slots)) + aligned(attention.scale_bytes(self._slots))

@@ -107,13 +107,31 @@ DEVICE u32 codes_to_half2(u32 word) {
 // scales clear of subnormals, and the largest (65504 / 127) below float16's end.
 constexpr float VALUE_SCALE_FACTOR = 64.f;
 
-// Bytes of an element's row of D, and of the same row in shared memory: an odd number of 16-byte units, so that the
-// eight rows of a matrix that is loaded lie in different banks.
+// ---- where it lies: a cache is [slots, max_seq / 16, KV_HEADS, keys and values, 16, D], and scales the same without D.
+// So what a step reads of a row lies together, of all heads, and in few of the pages that addresses are looked up by.
+
+constexpr int TILE = 16;  // tokens
+
+// Bytes of a head's row of D, and of the same row in shared memory: an odd number of 16-byte units, so that the eight rows
+// of a matrix that is loaded lie in different banks.
 template <int D, bool INT8>
 struct CacheRow {
   static constexpr int BYTES = INT8 ? D : 2 * D;
   static constexpr int UNITS = BYTES / 16;
   static constexpr int STRIDE = (UNITS | 1) * 16;
+  static constexpr int VALUES = TILE * BYTES;  // of a tile's keys, behind which its values lie
 };
+
+// A head's tile of a slot, counted from the first slot's; the next tile of the head is KV_HEADS further.
+template <int KV_HEADS>
+DEVICE u64 cache_tile(int max_seq, int slot, int head, int token) {
+  return (u64(slot) * (max_seq / TILE) + token / TILE) * KV_HEADS + head;
+}
+
+// A token's key or value in it, counted from the first: times a row's bytes in the cache, as it is in scales.
+template <int KV_HEADS>
+DEVICE u64 cache_place(int max_seq, int slot, int head, int token, bool is_value) {
+  return (cache_tile<KV_HEADS>(max_seq, slot, head, token) * 2 + is_value) * TILE + token % TILE;
+}
 
 constexpr float NOTHING = -1e30f;  // a logit of what is not there; finite, so that differences of it are

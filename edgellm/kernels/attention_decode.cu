@@ -17,7 +17,7 @@ constexpr int SECOND_ROW = 3;  // what a second row takes a block, in tiles of e
 template <int D, int QUERIES, int KV_HEADS, bool INT8, bool NORM, int WARPS, int STAGES, int CLUSTER>
 DEVICE void attend(int row_count, int max_seq, const Row* __restrict__ rows, const u16* qkv,
                    const float* __restrict__ angles, const float* __restrict__ q_gain, const float* __restrict__ k_gain,
-                   float epsilon, float scale, u8* keys, u8* values, u16* key_scales, u16* value_scales, u16* out,
+                   float epsilon, float scale, u8* cache, u16* scales, u16* out,
                    float* partials, u32* counters) {
   using Cache = CacheRow<D, INT8>;
   constexpr int ROUND = TILE * WARPS, HEADS = KV_HEADS * QUERIES, WIDTH = (HEADS + 2 * KV_HEADS) * D;
@@ -107,13 +107,13 @@ DEVICE void attend(int row_count, int max_seq, const Row* __restrict__ rows, con
   // some. A tile is one stretch of the cache; the new token is not there yet.
   u8* const my_ring = ring + warp * STAGES * STAGE;
   int coming = begin, coming_end = begin, cached = 0;  // tokens of the tile and after it that the cache has
-  const u8 *key = nullptr, *value = nullptr;
-  const u16* scales = nullptr;  // of keys in lanes 0 and 1, of values in 2 and 3
+  const u8* source = nullptr;
+  const u16* source_scales = nullptr;  // of keys in lanes 0 and 1, of values in 2 and 3
   auto aim = [&](const Stretch& s) {
     const int token = (coming - s.begin + warp) * TILE;
-    const u64 at = (u64(s.slot) * KV_HEADS + s.head) * max_seq + token;
-    key = keys + at * Cache::BYTES + lane * 16, value = values + at * Cache::BYTES + lane * 16;
-    if (INT8) scales = (lane < 2 ? key_scales : value_scales) + at + (lane & 1) * 8;
+    const u64 at = cache_tile<KV_HEADS>(max_seq, s.slot, s.head, token);
+    source = cache + at * (2 * Cache::VALUES) + lane * 16;
+    if (INT8) source_scales = scales + at * (2 * TILE) + lane * 8;
     cached = s.past - token;
     coming_end = min(s.end, end);
   };
@@ -129,11 +129,11 @@ DEVICE void attend(int row_count, int max_seq, const Row* __restrict__ rows, con
           const int in_tile = 32 % Cache::UNITS ? unit / Cache::UNITS : lane / Cache::UNITS + j * (32 / Cache::UNITS);
           if (TILE * Cache::UNITS % 32 == 0 || unit < TILE * Cache::UNITS) {
             u8* const to = stage + in_tile * Cache::STRIDE + (unit - in_tile * Cache::UNITS) * 16;
-            copy_async(to, key + j * 512, wanted(in_tile));
-            copy_async(to + MATRIX, value + j * 512, wanted(in_tile));
+            copy_async(to, source + j * 512, wanted(in_tile));
+            copy_async(to + MATRIX, source + Cache::VALUES + j * 512, wanted(in_tile));
           }
         }
-        if (INT8 && lane < 4) copy_async(stage + 2 * MATRIX + lane * 16, scales);
+        if (INT8 && lane < 4) copy_async(stage + 2 * MATRIX + lane * 16, source_scales);
       };
       // Values that have no weight must be finite: bytes are, float16s are fetched as zeros.
       if (coming + warp >= coming_end) {
@@ -143,7 +143,7 @@ DEVICE void attend(int row_count, int max_seq, const Row* __restrict__ rows, con
         copy([&](int in_tile) { return in_tile < cached; });
       }
       coming = min(coming + WARPS, coming_end), cached -= ROUND;
-      key += ROUND * Cache::BYTES, value += ROUND * Cache::BYTES, scales += ROUND;
+      source += WARPS * KV_HEADS * (2 * Cache::VALUES), source_scales += WARPS * KV_HEADS * (2 * TILE);
     }
     copy_async_commit();
   };
@@ -156,8 +156,7 @@ DEVICE void attend(int row_count, int max_seq, const Row* __restrict__ rows, con
   }
   load_pairs<D>(turn, lane, [&](int j) { return __ldg(angles + u64(stretch.past) * D + j); });
   aim(stretch);
-#pragma unroll
-  for (int s = 0; s < STAGES; s++) fetch(s * STAGE);
+  fetch(0);
 
   bool waited = false;
   int offset = 0;  // of the ring's stage that is next
@@ -171,7 +170,6 @@ DEVICE void attend(int row_count, int max_seq, const Row* __restrict__ rows, con
     const int until = min(end, row_end);
     const bool whole = tile == row_begin && until == row_end, has_new = until == row_end;
     if (!waited) wait_for_previous();
-    waited = true;
 
     // Queries, the new key and the new value: a warp for each.
     Pairs<D> item[ITEMS];
@@ -184,6 +182,12 @@ DEVICE void attend(int row_count, int max_seq, const Row* __restrict__ rows, con
           return half_to_float(load_l2(qkv + u64(row) * WIDTH + in_row * D + j));
         });
     }
+    // The rest of the ring not sooner: queries would arrive when all of it has.
+    if (!waited) {
+#pragma unroll
+      for (int s = 1; s < STAGES; s++) fetch(s * STAGE);
+    }
+    waited = true;
 #pragma unroll
     for (int n = 0; n < ITEMS; n++) {
       const int which = n * WARPS + warp;
@@ -197,11 +201,11 @@ DEVICE void attend(int row_count, int max_seq, const Row* __restrict__ rows, con
           if (NORM) normalise<D>(item[n], k_gains, epsilon);
           rotate<D>(item[n], turn);
         }
-        const u64 at = (u64(slot) * KV_HEADS + head) * max_seq + past;
-        u8* const to = (kind ? values : keys) + at * Cache::BYTES;
+        const u64 at = cache_place<KV_HEADS>(max_seq, slot, head, past, kind);
+        u8* const to = cache + at * Cache::BYTES;
         if constexpr (INT8) {
           const u16 s = quantise<D>(item[n], lane, [&](int j, u8 code) { to[j] = fresh[kind][j] = code; });
-          if (lane == 0) (kind ? value_scales : key_scales)[at] = fresh_scale[kind] = s;
+          if (lane == 0) scales[at] = fresh_scale[kind] = s;
         } else {
           store_halves<D>((u16*)to, item[n], lane);
           store_halves<D>((u16*)fresh[kind], item[n], lane);
@@ -333,28 +337,26 @@ DEVICE void attend(int row_count, int max_seq, const Row* __restrict__ rows, con
   }
 }
 
-// Shared memory, dynamic: a ring of STAGES tiles for each warp. Grid: blocks. At most 32 rows.
+// Shared memory, dynamic: a ring of STAGES tiles for each warp. Grid: blocks, BLOCKS on a multiprocessor. At most 32
+// rows.
 template <int D, int QUERIES, int KV_HEADS, bool INT8, bool NORM, int WARPS, int STAGES, int BLOCKS>
 __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     attention_decode(int row_count, int max_seq, const Row* __restrict__ rows, const u16* qkv,
                      const float* __restrict__ angles, const float* __restrict__ q_gain, const float* __restrict__ k_gain,
-                     float epsilon, float scale, u8* keys, u8* values, u16* key_scales, u16* value_scales, u16* out,
-                     float* partials, u32* counters) {
+                     float epsilon, float scale, u8* cache, u16* scales, u16* out, float* partials, u32* counters) {
   attend<D, QUERIES, KV_HEADS, INT8, NORM, WARPS, STAGES, 1>(row_count, max_seq, rows, qkv, angles, q_gain, k_gain,
-                                                             epsilon, scale, keys, values, key_scales, value_scales,
-                                                             out, partials, counters);
+                                                             epsilon, scale, cache, scales, out, partials, counters);
 }
 
-// The ring, then room for every block's sums. Grid: (CLUSTER, KV_HEADS, rows). BLOCKS: that a multiprocessor must have
-// registers for at a time.
+// The ring, then room for every block's sums. Grid: (CLUSTER, KV_HEADS, rows).
 #if __CUDA_ARCH__ >= 900
-template <int D, int QUERIES, int KV_HEADS, bool INT8, bool NORM, int WARPS, int STAGES, int CLUSTER, int BLOCKS>
-__global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(WARPS * 32, BLOCKS)
+template <int D, int QUERIES, int KV_HEADS, bool INT8, bool NORM, int WARPS, int STAGES, int CLUSTER>
+__global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(WARPS * 32, 1)
     attention_decode_cluster(int max_seq, const Row* __restrict__ rows, const u16* qkv, const float* __restrict__ angles,
                              const float* __restrict__ q_gain, const float* __restrict__ k_gain, float epsilon,
-                             float scale, u8* keys, u8* values, u16* key_scales, u16* value_scales, u16* out) {
+                             float scale, u8* cache, u16* scales, u16* out) {
   attend<D, QUERIES, KV_HEADS, INT8, NORM, WARPS, STAGES, CLUSTER>(int(gridDim.z), max_seq, rows, qkv, angles, q_gain,
-                                                                   k_gain, epsilon, scale, keys, values, key_scales,
-                                                                   value_scales, out, nullptr, nullptr);
+                                                                   k_gain, epsilon, scale, cache, scales, out, nullptr,
+                                                                   nullptr);
 }
 #endif

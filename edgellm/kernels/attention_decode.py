@@ -40,6 +40,8 @@ _BEYOND_CLUSTERS: Final = 12
 have 14 to 18. An H100 of 132 said so (cuOccupancyMaxActiveClusters): 30 clusters of 4, 15 of 8, 66 of 2."""
 
 _MOST_SHARED: Final = 224 * 1024
+_RESERVED: Final = 1024
+"""What the device takes of a multiprocessor's shared memory for each block."""
 _STATIC_SHARED: Final = 1024
 """Shared memory that the kernel declares itself, beside the sums and queries that depend on its shape."""
 
@@ -53,7 +55,7 @@ class Plan:
         stages: tiles that each warp has on their way.
         blocks: in all; in clusters, for each row and KV head.
         clusters: whether a row's blocks are a cluster.
-        together: blocks that a multiprocessor must have room for at a time.
+        together: blocks that a multiprocessor has room for, where they are dealt.
     """
 
     warps: int
@@ -77,18 +79,22 @@ def plan(shape: AttentionShape, *, rows: int, device: Device) -> Plan:
         )
     units = rows * shape.kv_heads
     for size in _CLUSTER_SIZES if _has_clusters(device) else ():
-        if units * size <= device.multiprocessors and (cut := _clustered(shape, rows, device, size)):
+        # One that does not run with the others waits until they have ended.
+        if units <= clusters_at_once(size, device) and (cut := _clustered(shape, rows, device, size)):
             return cut
+    # Where a block has several rows one after the other, a neighbour hides their beginnings and ends.
+    if units > device.multiprocessors and (cut := _in_twos(shape, device)):
+        return cut
     warps = _warps(shape, device.shared_per_block)
     stages = max(1, min(_stages(shape), _fitting(shape, warps, device.shared_per_block)))
     rounds = units * -(-shape.max_seq // (TILE * warps))
     return Plan(warps, stages, min(device.multiprocessors, rounds))
 
 
-def clusters_at_once(size: int, together: int, device: Device) -> int:
-    """Clusters of `size` blocks that run at a time, `together` of their blocks on a multiprocessor."""
+def clusters_at_once(size: int, device: Device) -> int:
+    """Clusters of `size` blocks that run at a time, each block on a multiprocessor of its own."""
     reached = device.multiprocessors - (_BEYOND_CLUSTERS if size > 2 else 0)
-    return max(0, reached * together // size)
+    return max(0, reached // size)
 
 
 def _has_clusters(device: Device) -> bool:
@@ -96,15 +102,22 @@ def _has_clusters(device: Device) -> bool:
 
 
 def _clustered(shape: AttentionShape, rows: int, device: Device, size: int) -> Plan | None:
-    """With a cluster for each row and KV head; None: they do not all find room at a time."""
-    # One that does not waits until the others have ended.
-    together = 1 if rows * shape.kv_heads <= clusters_at_once(size, 1, device) else 2
-    room = min(device.shared_per_block, _MOST_SHARED // together) - size * _gathered_bytes(shape)
+    """With a cluster for each row and KV head; None: there is no room for its sums."""
+    room = min(device.shared_per_block, _MOST_SHARED) - size * _gathered_bytes(shape)
     warps = _warps(shape, room)
     # A short context is in flight at once; smaller blocks leave more room for what comes next.
     short = rows == 1 and shape.max_seq <= 2048
     stages = min(1 if short else _stages(shape), _fitting(shape, warps, room))
-    return Plan(warps, stages, size, clusters=True, together=together) if stages else None
+    return Plan(warps, stages, size, clusters=True) if stages else None
+
+
+def _in_twos(shape: AttentionShape, device: Device) -> Plan | None:
+    """Dealt to two blocks on each multiprocessor; None: there is no room for enough that is under way."""
+    room = (device.shared_per_block + _RESERVED) // 2 - _RESERVED
+    for warps, least in ((8, 1), (4, 2)) if shape.queries <= 8 else ():
+        if (fitting := _fitting(shape, warps, room)) >= least:
+            return Plan(warps, min(_stages(shape), fitting), 2 * device.multiprocessors, together=2)
+    return None
 
 
 def _warps(shape: AttentionShape, room: int) -> int:
@@ -220,12 +233,12 @@ def decode_attention(
     arguments = (
         *(shape.max_seq, rows_at, qkv, rope, norms.q, norms.k, shape.epsilon),
         shape.scale * math.log2(math.e),
-        *(cache.keys, cache.values, cache.key_scales, cache.value_scales, out),
+        *(cache.held, cache.scales, out),
     )
     if cut.clusters:
         kernel = Kernel(
             _SOURCE,
-            f"attention_decode_cluster<{', '.join(map(str, (*numbers, cut.blocks, cut.together)))}>",
+            f"attention_decode_cluster<{', '.join(map(str, (*numbers, cut.blocks)))}>",
             cut.warps * 32,
             shared + cut.blocks * _gathered_bytes(shape),
         )

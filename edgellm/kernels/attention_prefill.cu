@@ -8,7 +8,7 @@
 template <int D, int HEADS, int KV_HEADS, bool INT8, bool NORM>
 __global__ void rope_and_append(int max_seq, const Chunk* __restrict__ chunk, u16* qkv, const float* __restrict__ angles,
                                 const float* __restrict__ q_gain, const float* __restrict__ k_gain, float epsilon,
-                                float scale, u8* keys, u8* values, u16* key_scales, u16* value_scales) {
+                                float scale, u8* cache, u16* scales) {
   constexpr int ALL = HEADS + 2 * KV_HEADS;
   launch_dependents();
   const int lane = threadIdx.x & 31, which = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5), token = blockIdx.y;
@@ -33,11 +33,11 @@ __global__ void rope_and_append(int max_seq, const Chunk* __restrict__ chunk, u1
     store_halves<D>(from, x, lane, scale);
   } else if (here.slot >= 0) {
     const int head = (which - HEADS) % KV_HEADS;
-    const u64 at = (u64(here.slot) * KV_HEADS + head) * max_seq + here.past + token;
-    u8* const to = (is_value ? values : keys) + at * CacheRow<D, INT8>::BYTES;
+    const u64 at = cache_place<KV_HEADS>(max_seq, here.slot, head, here.past + token, is_value);
+    u8* const to = cache + at * CacheRow<D, INT8>::BYTES;
     if constexpr (INT8) {
       const u16 s = quantise<D>(x, lane, [&](int j, u8 code) { to[j] = code; });
-      if (lane == 0) (is_value ? value_scales : key_scales)[at] = s;
+      if (lane == 0) scales[at] = s;
     } else {
       store_halves<D>((u16*)to, x, lane);
     }
@@ -54,8 +54,8 @@ __global__ void rope_and_append(int max_seq, const Chunk* __restrict__ chunk, u1
 // order; `attention_prefill.py` has the same arithmetic.
 template <int D, int QUERIES, int KV_HEADS, bool INT8, int WARPS, int KEYS, int STAGES, bool PARTED>
 __global__ void __launch_bounds__(WARPS * 32, 2)
-    attention_prefill(int max_seq, const Chunk* __restrict__ chunk, const u16* qkv, const u8* keys, const u8* values,
-                      const u16* key_scales, const u16* value_scales, u16* out, float* partials, u32* counters) {
+    attention_prefill(int max_seq, const Chunk* __restrict__ chunk, const u16* qkv, const u8* cache,
+                      const u16* scales, u16* out, float* partials, u32* counters) {
   using Cache = CacheRow<D, INT8>;
   constexpr int STEPS = D / 16, TILES = KEYS / 8, HEADS = KV_HEADS * QUERIES, WIDTH = (HEADS + 2 * KV_HEADS) * D;
   constexpr int MATRIX = KEYS * Cache::STRIDE, SCALES = INT8 ? 2 * KEYS * 2 : 0, STAGE = 2 * MATRIX + SCALES;
@@ -84,29 +84,29 @@ __global__ void __launch_bounds__(WARPS * 32, 2)
   if (PARTED && begin >= tiles) return;
   // Not in a register until it is needed: the loop over tiles has none to spare.
   if (PARTED && threadIdx.x == 0) part_count = (all_tiles + share - 1) / share;
-  const u64 base = (u64(here.slot) * KV_HEADS + head) * max_seq;
+  const u64 base = cache_tile<KV_HEADS>(max_seq, here.slot, head, 0);
 
   auto fetch = [&](int tile) {
     if (tile < tiles) {
       u8* const stage = ring + (tile % STAGES) * STAGE;
+      const u64 first = base + u64(tile) * (KEYS / TILE * KV_HEADS);
 #pragma unroll
       for (int j = 0; j < (KEYS * Cache::UNITS + THREADS - 1) / THREADS; j++) {
         const int unit = j * THREADS + threadIdx.x, in_tile = unit / Cache::UNITS, part = unit % Cache::UNITS;
         if (KEYS * Cache::UNITS % THREADS == 0 || unit < KEYS * Cache::UNITS) {
-          const int key = tile * KEYS + in_tile;
-          const bool wanted = key < length;
-          const u64 from = wanted ? (base + key) * Cache::BYTES + part * 16 : 0;
+          const bool wanted = tile * KEYS + in_tile < length;
+          const u8* const from = cache + first * (2 * Cache::VALUES) +
+                                 (in_tile / TILE * KV_HEADS * 2 * TILE + in_tile % TILE) * Cache::BYTES + part * 16;
           u8* const to = stage + in_tile * Cache::STRIDE + part * 16;
-          copy_async(to, keys + from, wanted);
-          copy_async(to + MATRIX, values + from, wanted);
+          copy_async(to, from, wanted);
+          copy_async(to + MATRIX, from + Cache::VALUES, wanted);
         }
       }
       if (INT8 && threadIdx.x < 2 * KEYS / 8) {
         const bool is_value = threadIdx.x >= KEYS / 8;
-        const int key = tile * KEYS + int(threadIdx.x) % (KEYS / 8) * 8;
-        const bool wanted = key < length;
-        const u16* from = is_value ? value_scales : key_scales;
-        copy_async(stage + 2 * MATRIX + threadIdx.x * 16, from + (wanted ? base + key : 0), wanted);
+        const int in_tile = int(threadIdx.x) % (KEYS / 8) * 8;
+        const u16* const from = scales + (first + in_tile / TILE * KV_HEADS) * (2 * TILE) + is_value * TILE + in_tile % TILE;
+        copy_async(stage + 2 * MATRIX + threadIdx.x * 16, from, tile * KEYS + in_tile < length);
       }
     }
     copy_async_commit();

@@ -46,7 +46,7 @@ def rope_and_append(
     arguments = (
         *(shape.max_seq, chunk, qkv, rope, norms.q, norms.k, shape.epsilon),
         shape.scale * math.log2(math.e),
-        *(cache.keys, cache.values, cache.key_scales, cache.value_scales),
+        *(cache.held, cache.scales),
     )
     heads = shape.heads + 2 * shape.kv_heads
     return [Launch(kernel, (-(-heads // _WARPS), tokens, 1), arguments)]
@@ -101,7 +101,7 @@ def prefill_attention(
         _STAGES * _stage_bytes(shape),
     )
     arguments = (
-        *(shape.max_seq, chunk, qkv, cache.keys, cache.values, cache.key_scales, cache.value_scales, out),
+        *(shape.max_seq, chunk, qkv, cache.held, cache.scales, out),
         *((workspace + COUNTERS_BYTES, workspace) if workspace is not None and count > 1 else (None, None)),
     )
     return [Launch(kernel, (shape.kv_heads, _row_blocks(shape, tokens), count), arguments)]

@@ -31,8 +31,9 @@ SEQUENCE_MULTIPLE: Final = 16
 class AttentionShape:
     """One layer's attention.
 
-    Caches are [slots, kv_heads, max_seq, head_size], keys and values each. `fp16` holds halves. `int8` holds
-    bytes, x = scale · (byte − 128), with float16 scales [slots, kv_heads, max_seq] beside each of the two.
+    A cache is [slots, max_seq / 16, kv_heads, 2, 16, head_size]: of 16 tokens a head's keys, then its values.
+    `fp16` holds halves. `int8` holds bytes, x = scale · (byte − 128), with float16 scales, which lie as it
+    does: [slots, max_seq / 16, kv_heads, 2, 16].
 
     Attributes:
         heads, kv_heads: of queries, and of keys and values.
@@ -80,12 +81,24 @@ class AttentionShape:
         return (self.heads + 2 * self.kv_heads) * self.head_size
 
     def cache_bytes(self, slots: int) -> int:
-        """Bytes of the keys, or of the values."""
-        return slots * self.kv_heads * self.max_seq * self.head_size * (2 if self.kv == "fp16" else 1)
+        """Bytes of the keys and values."""
+        return slots * self.held_bytes(self.max_seq)
 
     def scale_bytes(self, slots: int) -> int:
-        """Bytes of the keys' scales, or of the values'; 0 for fp16."""
-        return slots * self.kv_heads * self.max_seq * 2 if self.kv == "int8" else 0
+        """Bytes of the scales; 0 for fp16."""
+        return slots * self.held_scale_bytes(self.max_seq)
+
+    def held_bytes(self, tokens: int) -> int:
+        """Bytes from a slot's start that hold so many tokens' keys and values."""
+        return self._places(tokens) * self.row_bytes
+
+    def held_scale_bytes(self, tokens: int) -> int:
+        """The same of the scales."""
+        return self._places(tokens) * 2 if self.kv == "int8" else 0
+
+    def _places(self, tokens: int) -> int:
+        """Heads' rows in whole tiles."""
+        return -(-tokens // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE * self.kv_heads * 2
 
     @property
     def row_bytes(self) -> int:
@@ -100,12 +113,10 @@ class AttentionShape:
 
 @dataclass(frozen=True, slots=True)
 class Cache:
-    """Where a layer's keys and values lie; the scales of an fp16 cache are None."""
+    """Where a layer's keys and values lie, and their scales; an fp16 cache has none."""
 
-    keys: At
-    values: At
-    key_scales: At | None = None
-    value_scales: At | None = None
+    held: At
+    scales: At | None = None
 
 
 @dataclass(frozen=True, slots=True)

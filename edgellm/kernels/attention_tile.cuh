@@ -7,8 +7,6 @@
 
 #include "attention.cuh"
 
-constexpr int TILE = 16;  // tokens
-
 // The query heads of a row, rotated, and ready to be multiplied by keys: their products are logits in base 2.
 template <int D, int QUERIES, bool INT8>
 struct Queries {

@@ -83,10 +83,8 @@ def test_caches_of_layers_do_not_touch(network: str, tmp_path: Path) -> None:
         for layer in range(NETWORKS[network].num_hidden_layers):
             cache = made.caches.of(layer)
             for at, length in (
-                (cache.keys, attention.cache_bytes(slots)),
-                (cache.values, attention.cache_bytes(slots)),
-                (cache.key_scales, attention.scale_bytes(slots)),
-                (cache.value_scales, attention.scale_bytes(slots)),
+                (cache.held, attention.cache_bytes(slots)),
+                (cache.scales, attention.scale_bytes(slots)),
             ):
                 if at is not None:
                     pieces.append((at.offset, at.offset + length))

@@ -64,14 +64,14 @@ def decode(shape: AttentionShape, rows: int, device: Device) -> list[Launch]:
         rows_at=AT,
         rope=AT,
         norms=HeadNorms(AT, AT) if shape.qk_norm else HeadNorms(),
-        cache=Cache(AT, AT, AT, AT),
+        cache=Cache(AT, AT),
         out=AT,
         workspace=At("workspace"),
     )
 
 
 def prefill(shape: AttentionShape, tokens: int, device: Device) -> list[Launch]:
-    norms, cache = HeadNorms(AT, AT) if shape.qk_norm else HeadNorms(), Cache(AT, AT, AT, AT)
+    norms, cache = HeadNorms(AT, AT) if shape.qk_norm else HeadNorms(), Cache(AT, AT)
     return [
         *rope_and_append(shape, tokens=tokens, chunk=AT, qkv=AT, rope=AT, norms=norms, cache=cache),
         *prefill_attention(
@@ -146,10 +146,9 @@ def test_the_grid_fills_the_device(shape: AttentionShape, device: Device) -> Non
         assert cut.stages >= 1
         if cut.clusters:
             assert cut.blocks in (2, 4, 8)
-            assert cut.blocks * shape.kv_heads * rows <= device.multiprocessors
-            assert shape.kv_heads * rows <= clusters_at_once(cut.blocks, cut.together, device)
+            assert shape.kv_heads * rows <= clusters_at_once(cut.blocks, device)
             continue
-        assert cut.blocks <= device.multiprocessors
+        assert cut.blocks <= cut.together * device.multiprocessors
         workspace = decode_workspace(shape, rows=rows, device=device)
         partial = shape.queries * (shape.head_size + 2) * 4
         assert workspace >= COUNTERS_BYTES + 2 * cut.blocks * partial

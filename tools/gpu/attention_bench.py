@@ -50,13 +50,12 @@ class Chain:
             "qkv": rng.standard_normal((rows, kind.qkv_width), np.float32).astype("<f2"),
             "rope": rope_table(make_rotary(kind.head_size, 1e6), length),
         }
-        names = ("keys", "values", "key_scales", "value_scales")
-        self.small = {name: array for name, array in small.items() if name not in names}
-        sizes = [kind.cache_bytes(rows)] * 2 + [kind.scale_bytes(rows)] * 2
-        self.large = {name: max(16, size * self.layers) for name, size in zip(names, sizes, strict=True)}
+        self.small = {name: array for name, array in small.items() if name not in ("held", "scales")}
+        held, scales = kind.cache_bytes(rows), kind.scale_bytes(rows)
+        self.large = {"held": held * self.layers, "scales": max(16, scales * self.layers)}
         self.large |= {"out": rows * kind.heads * kind.head_size * 2, "workspace": 16 << 20}
         self._caches = [
-            Cache(*(At(name, i * size) if size else None for name, size in zip(names, sizes, strict=True)))  # type: ignore[arg-type]
+            Cache(At("held", i * held), At("scales", i * scales) if scales else None)
             for i in range(self.layers)
         ]
 

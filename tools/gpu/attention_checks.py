@@ -82,34 +82,33 @@ class Layer:
 
     def __init__(self, rng: np.random.Generator, shape: AttentionShape, slots: int) -> None:
         self.shape = shape
-        rows = (slots, shape.kv_heads, shape.max_seq)
+        # By tiles of 16 tokens, of each head keys and values: as the kernels have them.
+        places = (slots, shape.max_seq // 16, shape.kv_heads, 2, 16)
         self.table = rope_table(make_rotary(shape.head_size, 10000.0), shape.max_seq)
         self.gains = [rng.normal(1, 0.2, shape.head_size).astype(np.float32) for _ in "qk"]
-        self.scales: list[Array] = []
+        self.scales: Array | None = None
         if shape.kv == "fp16":
-            self.caches = [
-                rng.standard_normal((*rows, shape.head_size), np.float32).astype("<f2") for _ in "kv"
-            ]
+            self.held: Array = rng.standard_normal((*places, shape.head_size), np.float32).astype("<f2")
         else:
-            self.caches = [rng.integers(1, 256, (*rows, shape.head_size), dtype=np.uint8) for _ in "kv"]
-            self.scales = [rng.uniform(0.005, 0.02, rows).astype("<f2") for _ in "kv"]
+            self.held = rng.integers(1, 256, (*places, shape.head_size), dtype=np.uint8)
+            self.scales = rng.uniform(0.005, 0.02, places).astype("<f2")
 
     def hide(self, slot: int, length: int) -> None:
         """Make what lies behind a slot's tokens NaN, or codes with NaN for a scale."""
-        for cache in self.scales or self.caches:
-            cache[slot, :, length:] = np.nan
+        tokens = np.arange(length, self.shape.max_seq)
+        cache = self.held if self.scales is None else self.scales
+        cache[slot, tokens // 16, :, :, tokens % 16] = np.nan
 
     def arrays(self) -> dict[str, Array]:
         """Buffers by name."""
-        named = {"keys": self.caches[0], "values": self.caches[1], "rope": self.table}
-        if self.scales:
-            named |= {"key_scales": self.scales[0], "value_scales": self.scales[1]}
+        named = {"held": self.held, "rope": self.table}
+        if self.scales is not None:
+            named["scales"] = self.scales
         return named | {"q_gain": self.gains[0], "k_gain": self.gains[1]}
 
     def cache(self) -> Cache:
         """Where the kernels find the caches."""
-        scales = (At("key_scales"), At("value_scales")) if self.scales else (None, None)
-        return Cache(At("keys"), At("values"), *scales)
+        return Cache(At("held"), None if self.scales is None else At("scales"))
 
     def norms(self) -> HeadNorms:
         """Where the kernels find the gains."""
@@ -117,12 +116,15 @@ class Layer:
 
     def read(self, arrays: dict[str, Array], kind: int, slot: int, length: int) -> Float:
         """Keys (kind 0) or values as float64 [kv_heads, length, head_size]."""
-        name = ("keys", "values")[kind]
-        stored = arrays[name][slot, :, :length].astype(np.float64)
-        if not self.scales:
+
+        def of_heads(places: Array) -> Float:
+            mine = np.moveaxis(places[slot, :, :, kind], 0, 1)
+            return mine.reshape(self.shape.kv_heads, self.shape.max_seq, -1)[:, :length].astype(np.float64)
+
+        stored = of_heads(arrays["held"])
+        if self.scales is None:
             return stored
-        scales = arrays[("key_scales", "value_scales")[kind]][slot, :, :length].astype(np.float64)
-        read: Float = (stored - 128) * scales[..., None]
+        read: Float = (stored - 128) * of_heads(arrays["scales"])
         return read
 
     def turn(self, x: Float, positions: Array, gain: Array | None) -> Float:
@@ -163,7 +165,7 @@ class Layer:
         worst = 0.0
         for kind, new in enumerate((k, v)):
             stored = self.read(after, kind, slot, past + len(new))[:, past:].swapaxes(0, 1)
-            step = np.abs(new).max(-1, keepdims=True) * (1 / 127 if self.scales else 2**-10)
+            step = np.abs(new).max(-1, keepdims=True) * (2**-10 if self.scales is None else 1 / 127)
             worst = max(worst, float((np.abs(stored - new) / step).max()))
         return worst
 
@@ -183,7 +185,7 @@ def verdict(name: str, error: float, append: float, others: bool) -> tuple[str, 
 
 def unchanged(before: dict[str, Array], after: dict[str, Array], new: Sequence[tuple[int, int, int]]) -> bool:
     """Whether caches hold what they held, but for tokens [begin, end) of these slots."""
-    for name in ("keys", "values", "key_scales", "value_scales"):
+    for name in ("held", "scales"):
         if name not in before:
             continue
         a, b = (
@@ -191,7 +193,9 @@ def unchanged(before: dict[str, Array], after: dict[str, Array], new: Sequence[t
             for each in (before, after)
         )
         for slot, begin, end in new:
-            a[slot, :, begin:end] = b[slot, :, begin:end]
+            tokens = np.arange(begin, end)
+            places = (slot, tokens // 16, slice(None), slice(None), tokens % 16)
+            a[places] = b[places]
         if not np.array_equal(a, b):
             return False
     return True
