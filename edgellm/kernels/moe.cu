@@ -1,7 +1,7 @@
 // Mixtures of experts: what comes of a router's scores, and of what the experts found.
 //
 //   route     each row's experts and their shares; the rows of an expert, in groups of at most MOST
-//   (linears over groups: experts.cu, or gemm.cu's expert_gemm where experts have many rows each)
+//   (linears over groups: experts.cu, held_experts.cu, or gemm.cu's expert_gemm where experts have many rows each)
 //   combine   residual += Σ share · what the row's experts found
 //
 // A pair is a row with one of its experts. Groups, and pairs in them, lie in the order of experts, then of rows: the

@@ -29,6 +29,7 @@ expert has, the less often its weights are read; what is found for each pair is 
 
 _SOURCE: Final = "moe.cu"
 _EXPERTS: Final = "experts.cu"
+_HELD_EXPERTS: Final = "held_experts.cu"
 _ROUTE_WARPS: Final = 32
 _CHOOSE_WARPS: Final = 4
 _GROUP_BYTES: Final = 16
@@ -290,7 +291,7 @@ def _experts(shape: PackedShape, cut: Tuning) -> Kernel:
 def _held_experts(shape: PackedShape, cut: Held) -> Kernel:
     parts = f"{cut.warps}, {cut.warps_k}, {cut.stages}, {cut.abreast}, {cut.sets}"
     return Kernel(
-        _EXPERTS,
+        _HELD_EXPERTS,
         f"held_experts<{_weights(shape)}, {cut.most}, {_use(shape)}, {parts}>",
         cut.warps * 32,
         held_bytes(shape, cut),

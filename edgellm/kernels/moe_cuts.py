@@ -214,7 +214,7 @@ def shared_bytes(shape: PackedShape, cut: Tuning) -> int:
 
 
 def held_bytes(shape: PackedShape, cut: Held) -> int:
-    """Dynamic shared memory of a block of `held_experts`: `HeldLayout` in `experts.cu`."""
+    """Dynamic shared memory of a block of `held_experts`: `HeldLayout` in `held_experts.cu`."""
     size = cut.warps * cut.stages * cut.abreast * shape.panel_bytes
     if shape.bits < 16 and cut.most > 8:
         size += shape.k // shape.group * cut.most * 4
