@@ -184,7 +184,7 @@ def tile_for(shape: PackedShape, *, tokens: int, device: Device) -> Tile:
 
 def _can_split(shape: PackedShape, tokens: int, tile: Tile, splits: int) -> bool:
     # Sums of many tokens are many bytes to write and to read again.
-    few = splits <= 2 if tokens > 256 else splits * tokens <= 512
+    few = splits * max(tokens, 32) <= 256
     # A warp of 64 × 64 has no registers left for adding.
     small = _sums(tile) <= 64
     counted = has_counters(shape, tokens, replace(tile, splits=splits))
@@ -212,7 +212,8 @@ def _cost(shape: PackedShape, tokens: int, device: Device, tile: Tile) -> float:
         step += together + each * -(-rest // device.multiprocessors)
     cost = start + shape.k / _STEP / splits / tile.warps_k * step
     if splits > 1:
-        cost += 3000 + 4e-3 * x * tile.tokens * shape.n * splits / per_sm
+        adding = 100.0 * tile.row_blocks * ROW_BLOCK * tile.tokens / tile.threads
+        cost += adding + 4e-3 * x * tile.tokens * shape.n * splits / per_sm
     return cost
 
 
