@@ -19,10 +19,10 @@ from edgellm.kernels.linear import BUCKETS
 from edgellm.kernels.moe_shape import MixtureShape
 from edgellm.kernels.packing import PackedShape
 
-_TILED_ROWS: Final = 16
+_TILED_ROWS: Final = 8
 """Of an expert on average, from which on tiles are taken."""
-_TILE_TOKENS: Final = 32
-"""Of a tile: with more of them too many are nobody's, unless experts have hundreds of rows."""
+_WIDE_ROWS: Final = 96
+"""From which on tiles have 64 rows, not 32, of which fewer are nobody's."""
 _TEAMS: Final = (1, 2)
 """Warps that may share a row block."""
 _HELD_WARPS: Final = 16
@@ -119,7 +119,7 @@ def tuned(mixture: MixtureShape, *, rows: int, device: Device, held: bool = True
         BuildError: not even one row fits into the device's shared memory.
     """
     average = rows * mixture.top_k / mixture.experts
-    if average >= _TILED_ROWS and (tiles := tiled(mixture, device=device)):
+    if average >= _TILED_ROWS and (tiles := tiled(mixture, rows=rows, device=device)):
         return tiles
     most = min(BUCKETS[-1], rows)
     groups = min(mixture.experts, rows * mixture.top_k)
@@ -139,14 +139,15 @@ def tuned(mixture: MixtureShape, *, rows: int, device: Device, held: bool = True
     )
 
 
-def tiled(mixture: MixtureShape, *, device: Device) -> Cuts | None:
+def tiled(mixture: MixtureShape, *, rows: int, device: Device) -> Cuts | None:
     """Tiles for both linears of a chunk; None, if they do not fit the device."""
+    tokens = 64 if rows * mixture.top_k / mixture.experts >= _WIDE_ROWS else 32
     found = [
         next(
             (
                 tile
                 for tile in TILES
-                if tile.tokens == _TILE_TOKENS
+                if tile.tokens == tokens
                 and tile.warps_k == 1
                 and 2 * tile_bytes(shape, tile) <= device.shared_per_block
             ),

@@ -94,6 +94,6 @@ def test_every_kind_compiles_and_fits(name: str) -> None:
     for shape in MIXTURES.values():
         launches += rows_launches(shape, 1, device) + rows_launches(shape, 16, device)
         launches += chunk_launches(shape, 512, device)
-        launches += chunk_launches(shape, 512, device, tiled(shape, device=device))
+        launches += chunk_launches(shape, 512, device, tiled(shape, rows=512, device=device))
     kernels = [kernel for kernel in kernels_of(launches) if kernel.source != "linear.cu"]
     assert_fits(compile_for(kernels, device.sm), device)

@@ -27,7 +27,7 @@ from edgellm.kernels.rows import CHUNK, ROW
 COPIES: Final = 12
 """Of a step over one layer's 128 experts, each with rows of its own: more bytes than any L2 holds."""
 ROWS: Final = (1, 4, 8, 16)
-CHUNKS: Final = (64, 128, 256, 512, 2048)
+CHUNKS: Final = (64, 128, 256, 512, 1024, 2048)
 """Tokens."""
 
 
@@ -60,7 +60,10 @@ def tables(runner: Runner, *, variants: bool = False) -> Iterator[str]:
                 yield _row_line(runner, mixture, arrays, rows, cuts)
         for tokens in CHUNKS:
             runner.upload("chunk", np.array([(0, 0, tokens, 0)], CHUNK))
-            for cuts in (None, tiled(mixture, device=runner.device)):
+            for cuts in (
+                None,
+                tiled(mixture, rows=min(tokens, longest_piece(mixture)), device=runner.device),
+            ):
                 yield from _chunk_lines(runner, mixture, tokens, cuts)
 
 

@@ -308,7 +308,8 @@ def _cuts(mixture: MixtureShape, tokens: int, device: Device, tiled_from: int | 
     """What the device takes, and other ways; `tiled_from` is None for rows."""
     if tiled_from is None:
         return [None, *_others(mixture, tokens, device)]
-    tiles = tiled(mixture, device=device) if tokens >= tiled_from else None
+    rows = min(tokens, longest_piece(mixture))
+    tiles = tiled(mixture, rows=rows, device=device) if tokens >= tiled_from else None
     return [None, tiles] if tiles else [None]
 
 
