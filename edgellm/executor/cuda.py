@@ -268,7 +268,9 @@ class CudaExecutor(DeviceExecutor):
         )
         host = HostMemory(driver, spec, shape, longest=longest)
         memory.clear(stream, keep=("weights",))
-        driver.call("cuMemcpyHtoD", memory.at("rope"), table.ctypes.data, table.nbytes)
+        # Behind the clearing: a copy outside the stream would not wait for it, and be cleared.
+        driver.call("cuMemcpyHtoDAsync", memory.at("rope"), table.ctypes.data, table.nbytes, stream)
+        driver.call("cuStreamSynchronize", stream)
         load_weights(
             driver,
             stream,
