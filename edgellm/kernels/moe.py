@@ -153,9 +153,9 @@ def longest_piece(mixture: MixtureShape) -> int:
     return min(_PIECE, _PIECE_PAIRS // mixture.top_k // 128 * 128)
 
 
-def mixture_workspace(mixture: MixtureShape, tokens: int, device: Device) -> int:
+def mixture_workspace(mixture: MixtureShape, tokens: int, device: Device, cuts: Cuts | None = None) -> int:
     """Bytes that the launches for a bucket need between them."""
-    return max(places_of(mixture, rows, device).size for rows in _pieces(mixture, tokens))
+    return max(places_of(mixture, rows, device, cuts).size for rows in _pieces(mixture, tokens))
 
 
 def router_workspace(mixture: MixtureShape, tokens: int, device: Device, *, chunk: bool) -> int:

@@ -109,18 +109,21 @@ def groups_most(mixture: MixtureShape, rows: int, most: int) -> int:
     return min(mixture.experts, pairs) + pairs // most
 
 
-def tuned(mixture: MixtureShape, *, rows: int, device: Device, held: bool = True) -> Cuts:
+def tuned(mixture: MixtureShape, *, rows: int, device: Device, held: bool = True, tiles: bool = True) -> Cuts:
     """The cuts of both linears for a bucket and a device.
 
     Args:
         held: whether few rows may be held in registers.
+        tiles: whether many rows may be in tiles.
 
     Raises:
         BuildError: not even one row fits into the device's shared memory.
     """
     average = rows * mixture.top_k / mixture.experts
-    if average >= _TILED_ROWS and (tiles := tiled(mixture, rows=rows, device=device)):
-        return tiles
+    # Up to 16 rows are one group of an expert at most, of which a tile would leave half nobody's.
+    many = rows > BUCKETS[-1] and average >= _TILED_ROWS
+    if tiles and many and (found := tiled(mixture, rows=rows, device=device)):
+        return found
     most = min(BUCKETS[-1], rows)
     groups = min(mixture.experts, rows * mixture.top_k)
     while most:

@@ -29,12 +29,10 @@ LAYERS = (
 )
 def test_mixtures_compute_what_float64_does(device: Device, seed: int, layers: tuple[Layer, ...]) -> None:
     runner = emulated_runner(device, seed=seed, copies="either" if seed > 1 else "late")
-    wrong = moe_checks.checks(runner, 1, layers, buckets=(1, 4, 16), chunks=(16, 64), tiled_from=64)
+    wrong = moe_checks.checks(runner, 1, layers, buckets=(1, 4, 16), chunks=(16, 64))
     assert not wrong, "\n".join(wrong)
 
 
 def test_a_chunk_of_more_pairs_than_are_sorted_at_a_time() -> None:
-    wrong = moe_checks.checks(
-        emulated_runner(ORIN), 1, LAYERS[1:2], buckets=(), chunks=(512,), tiled_from=1024
-    )
+    wrong = moe_checks.checks(emulated_runner(ORIN), 1, LAYERS[1:2], buckets=(), chunks=(512,))
     assert not wrong, "\n".join(wrong)

@@ -18,7 +18,7 @@ from linear_bench import AHEAD, NORM
 from numpy.typing import NDArray
 from runner import Runner, poisoned
 
-from edgellm.cuda.launch import At, Launch
+from edgellm.cuda.launch import At, Device, Launch
 from edgellm.kernels.gemm import (
     TILES,
     Tile,
@@ -61,6 +61,12 @@ class Case:
     epilogue: Epilogue
     normed: bool
     biased: bool = False
+
+    @property
+    def shape(self) -> PackedShape:
+        """Its weights', without them."""
+        swiglu = self.epilogue == "swiglu"
+        return PackedShape(self.n * (1 + swiglu), self.k, self.bits, self.group, self.zero, swiglu)
 
     def __str__(self) -> str:
         norm, bias = " norm" * self.normed, " bias" * self.biased
@@ -142,7 +148,7 @@ def make_matrix(rng: np.random.Generator, case: Case) -> Matrix:
     count = 2 if case.epilogue == "swiglu" else 1
     parts = [random_weight(rng, case, f"part {i}") for i in range(count)]
     shape = packed_shape(parts, swiglu=count == 2)
-    assert (shape.bits, shape.zero) == (case.bits, case.zero), shape
+    assert shape == case.shape, shape
     biases: list[Weight | None] = [None] * count
     bias_values = np.zeros(count * case.n)
     if case.biased:
@@ -263,7 +269,7 @@ def check_prefill(
         "workspace": np.zeros(max(16, workspace), np.uint8),
         "bias": np.zeros(1, np.float32) if matrix.bias is None else matrix.bias,
     }
-    got = runner.run(prefill_launches(runner, case, matrix, tokens, tile), arrays)
+    got = runner.run(prefill_launches(runner.device, case, tokens, tile), arrays)
     want = expected(replace(case, normed=False), matrix, x, np.ones(1), old)[:count]
     out = got["out"][:count].astype(np.float64)
     error = float(np.linalg.norm(out - want) / np.linalg.norm(want - old[:count] * residual))
@@ -276,18 +282,16 @@ def check_prefill(
     return wrong
 
 
-def prefill_launches(
-    runner: Runner, case: Case, matrix: Matrix, tokens: int, tile: Tile | None
-) -> list[Launch]:
+def prefill_launches(device: Device, case: Case, tokens: int, tile: Tile | None) -> list[Launch]:
     """A chunk's linear over the buffers that `check_prefill` makes."""
     return prefill_linear(
-        matrix.shape,
+        case.shape,
         tokens=tokens,
-        device=runner.device,
+        device=device,
         chunk=At("chunk"),
         x=At("x"),
         weights=At("weights"),
-        bias=None if matrix.bias is None else At("bias"),
+        bias=At("bias") if case.biased else None,
         epilogue=case.epilogue,
         out=At("out"),
         workspace=At("workspace"),
@@ -302,9 +306,8 @@ CHUNKS: Final = ((16, 11), (32, 32), (64, 33), (256, 200))
 ERRORS: list[float] = []
 
 
-def cuts(shape: PackedShape, rows: int, runner: Runner) -> Iterator[Tuning]:
+def cuts(shape: PackedShape, rows: int, device: Device) -> Iterator[Tuning]:
     """What the device takes, and other ways that other devices would take."""
-    device = runner.device
     best = tuned(shape, rows=rows, device=device)
     yield best
     common = replace(best, warps=8, warps_k=4, stages=4, early=2, abreast=2, sets=1, blocks_per_sm=1)
@@ -338,38 +341,48 @@ def checks(
     """Every case in every bucket of rows, and in chunks (tokens, how many are there); what is wrong."""
     rng = np.random.default_rng(seed)
     wrong: list[str] = []
-    made = [(case, make_matrix(rng, case)) for case in cases]
-    todo = [
-        (case, matrix, rows, cut)
-        for case, matrix in made
-        for rows in buckets
-        for cut in cuts(matrix.shape, rows, runner)
-    ]
-    runner.prepare(launch for item in todo for launch in _launches(runner, *item))
-    for case, matrix, rows, cut in todo:
-        wrong += check(runner, rng, case, matrix, rows=rows, cut=cut)
+    made = {case: make_matrix(rng, case) for case in cases}
+    device = runner.device
+    todo = list(steps(device, cases, buckets=buckets))
+    runner.prepare(launch for item in todo for launch in decode_launches(device, *item))
+    for case, rows, cut in todo:
+        wrong += check(runner, rng, case, made[case], rows=rows, cut=cut)
 
-    prompts = [
-        (case, matrix, tokens, count, tile)
-        for case, matrix in made
-        if case.epilogue != "logits"
-        for tokens, count in chunks
-        for tile in _tiles(matrix.shape, tokens, runner, every=tokens == chunks[-1][0])
-    ]
+    prompts = list(prompts_of(device, cases, chunks=chunks))
     runner.prepare(
-        launch
-        for case, matrix, tokens, _, tile in prompts
-        for launch in prefill_launches(runner, case, matrix, tokens, tile)
+        launch for case, tokens, _, tile in prompts for launch in prefill_launches(device, case, tokens, tile)
     )
-    for case, matrix, tokens, count, tile in prompts:
-        wrong += check_prefill(runner, rng, case, matrix, tokens=tokens, count=count, tile=tile)
+    for case, tokens, count, tile in prompts:
+        wrong += check_prefill(runner, rng, case, made[case], tokens=tokens, count=count, tile=tile)
     return wrong
 
 
-def _tiles(shape: PackedShape, tokens: int, runner: Runner, *, every: bool) -> list[Tile | None]:
+def steps(
+    device: Device, cases: Sequence[Case] = CASES, *, buckets: Sequence[int] = BUCKETS
+) -> Iterator[tuple[Case, int, Tuning]]:
+    """Every case in every bucket of rows, in every way to cut it."""
+    for case in cases:
+        for rows in buckets:
+            for cut in cuts(case.shape, rows, device):
+                yield case, rows, cut
+
+
+def prompts_of(
+    device: Device, cases: Sequence[Case] = CASES, *, chunks: Sequence[tuple[int, int]] = CHUNKS
+) -> Iterator[tuple[Case, int, int, Tile | None]]:
+    """Every case of a chunk: its bucket, how many tokens are there, and a tile; None: the device's."""
+    for case in cases:
+        if case.epilogue == "logits":
+            continue
+        for tokens, count in chunks:
+            for tile in _tiles(case.shape, tokens, device, every=tokens == chunks[-1][0]):
+                yield case, tokens, count, tile
+
+
+def _tiles(shape: PackedShape, tokens: int, device: Device, *, every: bool) -> list[Tile | None]:
     """What the device takes; `every`: and some of the tiles that fit, those of several teams among them, the
     last one in two splits, too, where it can have them."""
-    fitting = [tile for tile in TILES if gemm_shared_bytes(shape, tile) <= runner.device.shared_per_block]
+    fitting = [tile for tile in TILES if gemm_shared_bytes(shape, tile) <= device.shared_per_block]
     some = [*fitting[:: max(1, len(fitting) // 3)], *(tile for tile in fitting if tile.warps_k > 1)]
     parted = replace(fitting[-1], splits=2)
     if shape.k // 64 >= 2 * parted.warps_k and has_counters(shape, tokens, parted):
@@ -377,11 +390,12 @@ def _tiles(shape: PackedShape, tokens: int, runner: Runner, *, every: bool) -> l
     return [None, *(dict.fromkeys(some) if every else [])]
 
 
-def _launches(runner: Runner, case: Case, matrix: Matrix, rows: int, cut: Tuning) -> list[Launch]:
+def decode_launches(device: Device, case: Case, rows: int, cut: Tuning) -> list[Launch]:
+    """A step's linear, of the kernels that `check` runs."""
     return decode_linear(
-        matrix.shape,
+        case.shape,
         rows=rows,
-        device=runner.device,
+        device=device,
         x=At("x"),
         norm=NORM if case.normed else None,
         weights=At("weights"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -32,7 +32,7 @@ from edgellm.kernels.moe import (
 from edgellm.kernels.moe_cuts import Cuts, Held, Tuning, tiled, tuned
 from edgellm.kernels.moe_shape import MixtureShape, MixtureWeights, Tokens
 from edgellm.kernels.norm import NormAhead
-from edgellm.kernels.packing import Zero, pack, packed_shape
+from edgellm.kernels.packing import PackedShape, Zero, pack, packed_shape
 from edgellm.kernels.rows import CHUNK, ROW
 
 TOLERANCE: Final = 2e-3
@@ -63,6 +63,39 @@ class Layer:
     bits: int
     group: int
     zero: Zero
+
+    @property
+    def mixture(self) -> MixtureShape:
+        """Its shape, without weights."""
+        kind = (self.bits, self.group, self.zero)
+        return MixtureShape(
+            self.top_k,
+            self.normalize,
+            PackedShape(self.experts, self.hidden, 16, 64, "none"),
+            PackedShape(2 * self.inner, self.hidden, *kind, swiglu=True),
+            PackedShape(self.hidden, self.inner, *kind),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What is checked of a layer.
+
+    Attributes:
+        layer: whose.
+        tokens: its bucket.
+        chunk: whether they are a chunk; rows of a decode step otherwise.
+        cuts: instead of what the device takes.
+    """
+
+    layer: Layer
+    tokens: int
+    chunk: bool
+    cuts: Cuts | None
+
+    def launches(self, device: Device) -> list[Launch]:
+        """Over the buffers that `check` makes."""
+        return launches_of(self.layer.mixture, device, self.tokens, chunk=self.chunk, cuts=self.cuts)
 
 
 CHUNKS: Final = (16, 128, 512, 2200)
@@ -102,7 +135,8 @@ class Experts:
             for values, part in ((self.gate, gate), (self.up, up), (self.down, down)):
                 values.append(part.dequantize().astype(np.float64))
         router_shape = packed_shape([router])
-        self.mixture = MixtureShape(layer.top_k, layer.normalize, router_shape, *shapes)
+        self.mixture = layer.mixture
+        assert (router_shape, *shapes) == (self.mixture.router, self.mixture.gate_up, self.mixture.down)
         self.arrays = {
             "router": np.concatenate(list(pack([router], router_shape))),
             "gate_up": np.concatenate(packed_up),
@@ -152,16 +186,13 @@ def chosen_by(
 def check(
     runner: Runner,
     rng: np.random.Generator,
-    layer: Layer,
     weights: Experts,
-    tokens: int,
-    *,
-    chunk: bool,
-    cuts: Cuts | None,
+    step: Step,
 ) -> list[str]:
     """What is wrong with one step of a layer; nothing, if all is well."""
     mixture, device = weights.mixture, runner.device
-    what = f"{layer.name}, {'chunk of' if chunk else 'rows'} {tokens}"
+    layer, tokens, chunk, cuts = step.layer, step.tokens, step.chunk, step.cuts
+    what = f"{layer.name}, {'chunk of' if chunk else 'rows'} {tokens}, {cuts or 'as the device takes it'}"
     count = int(rng.integers(1, tokens + 1)) if chunk else tokens
     there = np.arange(tokens) < count if chunk else rng.random(tokens) < 0.75
     if not chunk and not there.any():
@@ -183,10 +214,10 @@ def check(
         "chunk": np.array([(0, 0, count, 0)], CHUNK),
         "residual": old,
         "squares": poisoned((tokens, layer.hidden // 16), np.float32),
-        "workspace": poisoned((mixture_workspace(mixture, tokens, device),), np.uint8),
+        "workspace": poisoned((mixture_workspace(mixture, tokens, device, cuts),), np.uint8),
         "linear_workspace": np.zeros(router_workspace(mixture, tokens, device, chunk=chunk), np.uint8),
     }
-    got = runner.run(launches_of(mixture, device, tokens, chunk=chunk, cuts=cuts), arrays)
+    got = runner.run(step.launches(device), arrays)
     out = got["residual"]
     wrong = []
     if not np.array_equal(out[~there], old[~there]):
@@ -214,7 +245,7 @@ def check(
     if not chunk:
         left = {name: got[name][there] for name in ("scaled", "squares")}
         wrong += [f"{what}: {each}" for each in norms.wrong_ahead(left, out[there], gain, scales[there])]
-    again = runner.run(launches_of(mixture, device, tokens, chunk=chunk, cuts=cuts), arrays)
+    again = runner.run(step.launches(device), arrays)
     if not np.array_equal(again["residual"], out):
         wrong.append(f"{what}: not the same a second time")
     return wrong
@@ -273,6 +304,22 @@ def launches_of(
     )
 
 
+def steps(
+    device: Device,
+    layers: Sequence[Layer] = LAYERS,
+    *,
+    buckets: Sequence[int] = BUCKETS,
+    chunks: Sequence[int] = CHUNKS,
+) -> Iterator[Step]:
+    """Every layer in every bucket of rows and in some of tokens, cut in every way that can be."""
+    for layer in layers:
+        for chunk, counts in ((False, buckets), (True, chunks)):
+            for tokens in counts:
+                if tokens <= 512 or layer.hidden < 1024:  # the reference takes long
+                    for cuts in _cuts(layer.mixture, tokens, device):
+                        yield Step(layer, tokens, chunk, cuts)
+
+
 def checks(
     runner: Runner,
     seed: int,
@@ -280,37 +327,26 @@ def checks(
     *,
     buckets: Sequence[int] = BUCKETS,
     chunks: Sequence[int] = CHUNKS,
-    tiled_from: int = 512,
 ) -> list[str]:
-    """Every layer in every bucket of rows and in some of tokens, some in tiles, too; what is wrong."""
+    """All steps; what is wrong."""
     rng = np.random.default_rng(seed)
-    made = [(layer, Experts(rng, layer)) for layer in layers]
-    todo = [
-        (layer, weights, tokens, chunk, cuts)
-        for layer, weights in made
-        for chunk, counts in ((False, buckets), (True, chunks))
-        for tokens in counts
-        if tokens <= 512 or layer.hidden < 1024  # the reference takes long
-        for cuts in _cuts(weights.mixture, tokens, runner.device, tiled_from if chunk else None)
-    ]
-    runner.prepare(
-        launch
-        for _, weights, tokens, chunk, cuts in todo
-        for launch in launches_of(weights.mixture, runner.device, tokens, chunk=chunk, cuts=cuts)
-    )
+    made = {layer: Experts(rng, layer) for layer in layers}
+    todo = list(steps(runner.device, layers, buckets=buckets, chunks=chunks))
+    runner.prepare(launch for step in todo for launch in step.launches(runner.device))
     wrong: list[str] = []
-    for layer, weights, tokens, chunk, cuts in todo:
-        wrong += check(runner, rng, layer, weights, tokens, chunk=chunk, cuts=cuts)
+    for step in todo:
+        wrong += check(runner, rng, made[step.layer], step)
     return wrong
 
 
-def _cuts(mixture: MixtureShape, tokens: int, device: Device, tiled_from: int | None) -> list[Cuts | None]:
-    """What the device takes, and other ways; `tiled_from` is None for rows."""
-    if tiled_from is None:
-        return [None, *_others(mixture, tokens, device)]
+def _cuts(mixture: MixtureShape, tokens: int, device: Device) -> list[Cuts | None]:
+    """What the device takes, and other ways: few rows by few blocks; more by teams and by tiles."""
     rows = min(tokens, longest_piece(mixture))
-    tiles = tiled(mixture, rows=rows, device=device) if tokens >= tiled_from else None
-    return [None, tiles] if tiles else [None]
+    if rows <= BUCKETS[-1]:
+        return [None, *_others(mixture, rows, device)]
+    taken = tuned(mixture, rows=rows, device=device)
+    others = (tuned(mixture, rows=rows, device=device, tiles=False), tiled(mixture, rows=rows, device=device))
+    return [None, *(cuts for cuts in others if cuts not in (None, taken))]
 
 
 def _others(mixture: MixtureShape, rows: int, device: Device) -> list[Cuts]:

@@ -79,7 +79,7 @@ def run_linear(runner: Runner, rng: np.random.Generator) -> Iterator[str]:
     for case in LINEARS:
         matrix = linear.make_matrix(rng, case)
         for rows in (1, 8):
-            for cut in linear.cuts(matrix.shape, rows, runner):
+            for cut in linear.cuts(matrix.shape, rows, runner.device):
                 yield from linear.check(runner, rng, case, matrix, rows=rows, cut=cut)
 
 
@@ -176,7 +176,7 @@ def run_moe(runner: Runner, rng: np.random.Generator) -> Iterator[str]:
     for layer in MIXTURES:
         weights = moe.Experts(rng, layer)
         for tokens, chunk in ((1, False), (8, False), (32, True)):
-            yield from moe.check(runner, rng, layer, weights, tokens, chunk=chunk, cuts=None)
+            yield from moe.check(runner, rng, weights, moe.Step(layer, tokens, chunk, None))
 
 
 def run_steps(_runner: Runner, rng: np.random.Generator) -> Iterator[str]:
