@@ -79,8 +79,9 @@ _KINDS: Final[dict[Any, str]] = {ctypes.c_int32: "i", ctypes.c_float: "f", ctype
 
 
 class EmulatedDriver(CudaNames):
-    """A device's driver API. What is put into a stream runs when somebody waits, as late as a device might: who
-    does not wait sees what was there before.
+    """A device's driver API. What is put into a stream runs when somebody waits, as late as a device might.
+
+    Who does not wait sees what was there before.
 
     Args:
         device: what it says it is; few multiprocessors keep grids small.
