@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import itertools
 import re
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +79,9 @@ _KINDS: Final[dict[Any, str]] = {ctypes.c_int32: "i", ctypes.c_float: "f", ctype
 
 
 class EmulatedDriver(CudaNames):
-    """A device's driver API; streams are synchronous.
+    """A device's driver API. What is put into a stream runs when somebody waits, as late as a device might.
+
+    Who does not wait sees what was there before.
 
     Args:
         device: what it says it is; few multiprocessors keep grids small.
@@ -112,6 +116,8 @@ class EmulatedDriver(CudaNames):
         self._modules: dict[int, dict[str, _Function]] = {}
         self._events: dict[int, float] = {}
         self._capturing: list[Callable[[], None]] | None = None
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._draining = threading.RLock()
         self._graphs: dict[int, list[Callable[[], None]]] = {}
 
     # The device.
@@ -181,6 +187,7 @@ class EmulatedDriver(CudaNames):
         return address
 
     def _free(self, address: int) -> int:
+        self._drain()
         self.check_red_zones()
         self._machine.machine_remove_memory(ctypes.c_void_p(address))
         return len(self._blocks.pop(address)) - 2 * RED_ZONE
@@ -198,19 +205,31 @@ class EmulatedDriver(CudaNames):
                         f"something was written {place} an allocation of {len(block) - 2 * RED_ZONE} bytes"
                     )
 
+    def _is_known(self, address: int, size: int) -> bool:
+        return any(
+            base <= address and address + size <= base + len(block) - 2 * RED_ZONE
+            for base, block in self._blocks.items()
+        )
+
     def _require(self, address: int, size: int) -> None:
-        for base, block in self._blocks.items():
-            if base <= address and address + size <= base + len(block) - 2 * RED_ZONE:
-                return
+        if self._is_known(address, size):
+            return
         raise EmulationError(f"a copy or memset of {size} bytes at {address:#x}, not within an allocation")
 
     def _put(self, work: Callable[[], None]) -> tuple[Any, ...]:
         """Do something in the stream, or note it for the graph."""
-        if self._capturing is not None:
-            self._capturing.append(work)
-        else:
-            work()
+        (self._waiting if self._capturing is None else self._capturing).append(work)
         return (Status.CUDA_SUCCESS,)
+
+    def _drain(self) -> None:
+        """Run all that waits in streams, in the order in which it was put there."""
+        with self._draining:
+            try:
+                while self._waiting:
+                    self._waiting.popleft()()
+            except EmulationError:
+                self._waiting.clear()
+                raise
 
     def _move(self, to: int, source: int, size: int) -> None:
         self._chain = 0
@@ -234,6 +253,10 @@ class EmulatedDriver(CudaNames):
 
     def cuMemcpyHtoDAsync(self, to: int, source: int, size: int, stream: Any) -> tuple[Any, ...]:
         self._require(to, size)
+        if self._capturing is None and not self._is_known(source, size):
+            # Of memory that is not page-locked a copy is made before the call returns.
+            staged = ctypes.create_string_buffer(ctypes.string_at(source, size), size)
+            return self._put(lambda: self._move(to, ctypes.addressof(staged), size))
         return self._put(lambda: self._move(to, source, size))
 
     def cuMemcpyDtoHAsync(self, to: int, source: int, size: int, stream: Any) -> tuple[Any, ...]:
@@ -275,6 +298,7 @@ class EmulatedDriver(CudaNames):
 
     def cuStreamSynchronize(self, stream: Any) -> tuple[Any, ...]:
         assert self._capturing is None, "waits for a stream that is being captured"
+        self._drain()
         self._chain = 0
         return (Status.CUDA_SUCCESS,)
 
@@ -286,16 +310,21 @@ class EmulatedDriver(CudaNames):
         return (Status.CUDA_SUCCESS,)
 
     def cuEventRecord(self, event: int, stream: Any) -> tuple[Any, ...]:
-        self._events[event] = time.perf_counter()
-        return (Status.CUDA_SUCCESS,)
+        def work() -> None:
+            self._events[event] = time.perf_counter()
+
+        return self._put(work)
 
     def cuEventQuery(self, event: int) -> tuple[Any, ...]:
+        self._drain()
         return (Status.CUDA_SUCCESS,)
 
     def cuEventSynchronize(self, event: int) -> tuple[Any, ...]:
+        self._drain()
         return (Status.CUDA_SUCCESS,)
 
     def cuEventElapsedTime(self, begin: int, end: int) -> tuple[Any, ...]:
+        self._drain()
         return (Status.CUDA_SUCCESS, (self._events[end] - self._events[begin]) * 1000)
 
     # Modules and launches.
@@ -317,6 +346,7 @@ class EmulatedDriver(CudaNames):
         return (Status.CUDA_SUCCESS, handle)
 
     def cuModuleUnload(self, module: int) -> tuple[Any, ...]:
+        self._drain()
         del self._modules[module]
         return (Status.CUDA_SUCCESS,)
 
@@ -416,7 +446,10 @@ class EmulatedDriver(CudaNames):
     cuGraphExecDestroy = cuGraphDestroy
 
     def cuGraphLaunch(self, graph: int, stream: Any) -> tuple[Any, ...]:
-        self._chain = 0
+        def begin() -> None:
+            self._chain = 0
+
+        self._put(begin)
         for work in self._graphs[graph]:
             self._put(work)
         return (Status.CUDA_SUCCESS,)

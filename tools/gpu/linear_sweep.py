@@ -24,6 +24,7 @@ from runner import Runner
 from edgellm.cuda.launch import Device
 from edgellm.kernels.linear import BUCKETS
 from edgellm.kernels.linear_cut import Tuning, shared_bytes
+from edgellm.kernels.linear_measured import Measured
 from edgellm.kernels.linear_tuned import candidates, tuned
 from edgellm.kernels.packing import PackedShape
 
@@ -128,8 +129,9 @@ class Sweep:
 def sweep(
     runner: Runner, models: Sequence[BenchModel], buckets: Sequence[int], seconds: float
 ) -> Iterator[str]:
-    """The tables of all, each bucket with its share of the time."""
+    """The tables of all, each bucket with its share of the time; then what was best, to be pasted."""
     started = time.monotonic()
+    best: dict[Measured, Tuning] = {}
     yield "| model | rows | linear | µs of a step's linears | cut |"
     yield "| --- | ---: | --- | ---: | --- |"
     parts = len(models) * len(buckets)
@@ -140,8 +142,15 @@ def sweep(
             bench.fill(name)
         for rows in buckets:
             done += 1
-            yield from Sweep(bench, rows, started + seconds * done / parts).run()
+            search = Sweep(bench, rows, started + seconds * done / parts)
+            yield from search.run()
+            sm, multiprocessors = runner.device.sm, runner.device.multiprocessors
+            for name, cut in search.cuts.items():
+                best[Measured(sm, multiprocessors, model.linears[name].shape, rows)] = cut
         runner.release()
+    yield "\nFor `edgellm/kernels/linear_measured.py`:\n"
+    for measured, cut in best.items():
+        yield f"    {measured}: {cut},"
 
 
 def main() -> int:
