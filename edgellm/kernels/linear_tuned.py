@@ -205,7 +205,7 @@ def _cost(shape: PackedShape, rows: int, device: Device, cut: Tuning) -> float:
         busy *= 1.3
     x_panels = rows * slab_panels * shape.panel * 2 / shape.panel_bytes
     x = (0.74 if measured else 0.6) * x_panels * (sides if cut.held else 1)
-    if measured and cut.held and rows <= 2:
+    if measured and cut.held and rows <= 2 and cut.blocks_per_sm == 1:
         x += 22.0
     if measured and rows >= 4 and cut.join == "whole":
         # Much of x waits long behind many weights.
